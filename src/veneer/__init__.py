@@ -1,0 +1,54 @@
+"""veneer: parameter-efficient fine-tuning for Hugging Face models, a thin layer over a solid base.
+
+`import veneer as peft` keeps a peft script working. Names load when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from . import registry
+from .version import __version__
+
+_NAMES: dict[str, str] = {
+    **dict.fromkeys(["PeftConfig", "PromptLearningConfig", "PeftType", "TaskType"], "config"),
+    **dict.fromkeys(
+        ["PeftModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
+         "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
+         "get_peft_model"],
+        "model",
+    ),
+    **dict.fromkeys(
+        ["AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
+         "AutoPeftModelForTokenClassification"],
+        "auto",
+    ),
+    **dict.fromkeys(["get_peft_model_state_dict", "set_peft_model_state_dict", "inject_adapter_in_model", "LoadReport"], "state"),
+    **dict.fromkeys(["AdapterError", "CannotMerge", "LoadError", "PeftWarning"], "errors"),
+    "PeftMixedModel": "mixed",
+    "matrices": "matrices",
+    "Matrices": "matrices",
+    "LayerwiseHandoff": "handoff",
+    "hand_off": "handoff",
+}  # fmt: skip
+
+
+_NAMES.update(registry.exports())
+
+
+def __getattr__(name: str) -> Any:
+    module = _NAMES.get(name)
+    if module is None:
+        raise AttributeError(f"module 'veneer' has no attribute {name!r}")
+    value = getattr(import_module(f"veneer.{module}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_NAMES})
+
+
+__all__ = ["__version__", *_NAMES]  # noqa: PLE0604  (the lazy names, so that `from veneer import *` works)

@@ -1,0 +1,193 @@
+"""Adapters as folders: config, tensors and a card, written beside and renamed; read from a folder or the hub."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from . import prompts, state
+from .errors import AdapterError
+from .files import BIN_NAME, SAFE_NAME, write_bin, write_json, write_tensors, write_text
+
+if TYPE_CHECKING:
+    from .model import PeftModel
+
+
+def name_of(model: nn.Module) -> str | None:
+    """Where the base came from: a hub id or a folder, as transformers recorded it."""
+    config = getattr(model, "config", None)
+    name = config.get("_name_or_path") if isinstance(config, dict) else getattr(config, "_name_or_path", None)
+    return getattr(model, "name_or_path", None) or name or None
+
+
+def tensors_of(model: PeftModel, adapter: str, *, compact: bool = False) -> dict[str, Tensor]:
+    """File key -> tensor of one adapter."""
+    if model.prompt_configs is None:
+        return state.collect(model.base_model, adapter, compact=compact)
+    out = dict(prompts.saved_tensors(model, adapter))
+    out.update({p.key: p.get().detach() for p in state.module_places(model.base_model, adapter, "base_model.")})
+    return out
+
+
+def _embeddings(model: PeftModel, adapter: str, mode: str | bool) -> dict[str, Tensor]:
+    """The base's embedding weights where they must travel: asked for, or resized since the base was loaded."""
+    base: Any = model.get_base_model()
+    get_in = getattr(base, "get_input_embeddings", None)
+    if mode is False or get_in is None or model.prompt_configs is not None:
+        return {}
+    if mode == "auto" and not _resized(base, model.peft_config[adapter].base_model_name_or_path):
+        return {}
+    wanted = [m for m in (get_in(), base.get_output_embeddings()) if m is not None]
+    out = {}
+    for path, module in base.named_modules():
+        if any(module is w for w in wanted):
+            weight = module.weight if not hasattr(module, "original_module") else module.original_module.weight
+            out[f"base_model.model.{path}.weight"] = weight.detach()
+    return out
+
+
+def _resized(base: Any, name: str | None) -> bool:
+    """Whether the vocabulary differs from the base's own config on this disk; no network."""
+    path = os.path.join(name or "", "config.json")
+    vocab = getattr(getattr(base, "config", None), "vocab_size", None)
+    if vocab is None or not name or not os.path.isfile(path):
+        return False
+    import json
+
+    with open(path, encoding="utf-8") as f:
+        before = json.load(f).get("vocab_size")
+    return before is not None and before != vocab
+
+
+def save_adapter(
+    model: PeftModel, adapter: str, folder: str, *, safe: bool, embeddings: str | bool, compact: bool, main: bool,
+    initial: str | None, tensors: dict[str, Tensor] | None,
+) -> None:  # fmt: skip
+    """One adapter into its folder."""
+    out = tensors_of(model, adapter, compact=compact) if tensors is None else state.only(tensors, model, adapter)
+    out.update(_embeddings(model, adapter, embeddings))
+    config = copy.copy(model.peft_config[adapter])
+    if initial is not None:
+        from .convert import against_initial
+
+        out, config = against_initial(model, adapter, initial, out, config)
+    if not main:
+        return
+    where = os.path.join(folder, adapter) if adapter != "default" else folder
+    if safe:
+        write_tensors(os.path.join(where, SAFE_NAME), out, {"veneer_layout": "compact"} if compact else None)
+    else:
+        write_bin(os.path.join(where, BIN_NAME), out)
+    config.inference_mode = True
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = name_of(model.get_base_model())
+    auto = None
+    if config.task_type is None and getattr(config, "auto_mapping", None) is None:
+        base = model.get_base_model()
+        auto = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+    fields = config.to_file_dict(compact=compact)
+    if auto is not None:
+        fields["auto_mapping"] = auto
+    if not compact and getattr(config, "layers", None) is not None:
+        fields["target_modules"] = sorted(model.base_model.targeted[adapter])
+    write_json(os.path.join(where, "adapter_config.json"), fields)
+    write_card(model, folder, config)
+
+
+_PIPELINES = {
+    "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "text-generation",
+    "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction",
+}  # fmt: skip
+
+
+def write_card(model: PeftModel, folder: str, config: Any) -> None:
+    """A README.md that says what the adapter is; one that is there is left as it is."""
+    path = os.path.join(folder, "README.md")
+    if os.path.exists(path):
+        return
+    base = config.base_model_name_or_path or ""
+    kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+    task = str(getattr(config.task_type, "value", config.task_type))
+    head = ["---", f"base_model: {base!r}", "library_name: peft", "tags:", f"- {kind}", "- veneer"]
+    if task in _PIPELINES:
+        head.append(f"pipeline_tag: {_PIPELINES[task]}")
+    trained, total = model.get_nb_trainable_parameters()
+    text = [
+        *head, "---", "", f"# {kind} adapter{f' for {base}' if base else ''}", "",
+        f"A {kind} adapter ({task}), written by veneer; it loads in veneer and in peft.", "",
+        "```python", "from veneer import PeftModel", f"model = PeftModel.from_pretrained(base_model, {folder!r})", "```", "",
+        f"Trainable parameters when it was saved: {trained:,} of {total:,}.", "",
+    ]  # fmt: skip
+    write_text(path, "\n".join(text))
+
+
+def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[str, Tensor]:
+    """Keys through {regex: replacement}, the first that matches."""
+    if not mapping:
+        return tensors
+    out = {}
+    for key, t in tensors.items():
+        new = key
+        for pattern, replacement in mapping.items():
+            new, n = re.subn(pattern, replacement, key)
+            if n:
+                break
+        out[new] = t
+    return out
+
+
+def put(model: PeftModel, adapter: str, tensors: dict[str, Tensor], *, ignore_mismatched_sizes: bool = False) -> state.LoadReport:
+    """A file's tensors into an adapter of a model."""
+    if model.prompt_configs is not None:
+        return _put_prompt(model, adapter, tensors, ignore_mismatched_sizes)
+    base: Any = model.get_base_model()
+
+    def embedding(key: str, value: Tensor) -> bool:
+        path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+        if not key.endswith(".weight") or not hasattr(base, "get_input_embeddings"):
+            return False
+        for module in (base.get_input_embeddings(), base.get_output_embeddings()):
+            if module is not None and _path_of(base, module) == path:
+                weight = module.weight
+                if weight.shape != value.shape:
+                    raise AdapterError(
+                        f"{key}: the file's embedding is {tuple(value.shape)}, the model's {tuple(weight.shape)}; call "
+                        f"model.resize_token_embeddings({value.shape[0]}) on the base before loading"
+                    )
+                weight.data = value.to(weight)
+                return True
+        return False
+
+    return state.put(model.base_model, adapter, tensors, ignore_mismatched_sizes=ignore_mismatched_sizes, extra=embedding)
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str | None:
+    return next((path for path, m in model.named_modules() if m is wanted), None)
+
+
+def _put_prompt(model: PeftModel, adapter: str, tensors: dict[str, Tensor], ignore: bool) -> state.LoadReport:
+    left = dict(tensors)
+    report = state.LoadReport()
+    own = {k: left.pop(k) for k in prompts.saved_tensors(model, adapter) if k in left}
+    if not own:
+        report.missing_keys.append("prompt_embeddings")
+    else:
+        prompts.load_tensors(model, adapter, own)
+        report.loaded += len(own)
+    for place in state.module_places(model.base_model, adapter, "base_model."):
+        value = left.pop(place.key, None)
+        if value is None:
+            report.missing_keys.append(place.key)
+        elif value.shape != place.get().shape:
+            report.mismatched_keys.append(f"{place.key}: file {tuple(value.shape)}, model {tuple(place.get().shape)}")
+        else:
+            place.get().data = value.to(place.get())
+            report.loaded += 1
+    report.unexpected_keys = list(left)
+    if ignore:
+        report.mismatched_keys.clear()
+    return report

@@ -1,0 +1,283 @@
+"""The contract between the engine and a method's maths.
+
+A method is one final subclass of one kind. It is stateless: the engine makes a single instance of it and
+hands it views. A view `p` is one adapter's tensors on one layer (`p.lora_A`, ...), plus
+
+    p.cfg       the config, already resolved for this layer (rank and alpha patterns applied)
+    p.site      the layer as a linear map: out, inp, kernel, groups, op (see site.py)
+    p.scaling   a number that multiplies the change; users may alter it on the layer
+    p.drop(x)   the adapter's dropout
+    p.training  whether the layer trains
+
+The laws every method keeps (tests/laws runs them over the registry):
+
+    identity at init      a fresh adapter leaves the model's output as it was
+    forward == merged     for one adapter and for several; unmerge gives the base back bit for bit
+    mixed == alone        a batch whose rows use different adapters equals each row computed alone
+    save == load == peft  names and shapes in the file are those that peft writes and reads
+    gradcheck             gradients agree with finite differences in double precision
+
+Weights are handed out in one layout, whatever the layer class: (out, inp / groups, *kernel).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .defaults import default_targets
+from .errors import AdapterError
+
+if TYPE_CHECKING:
+    from .config import PeftConfig
+    from .layer import View
+    from .site import Site
+
+Weights = tuple[Tensor, "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One declared tensor: its shape and how it is stored.
+
+    train: a parameter; otherwise a frozen buffer. save: part of the checkpoint. raw: handed to the formula in
+    its own dtype, not cast to the computation's. like: the module class that holds it, so that
+    `layer.lora_A["default"]` is an nn.Linear ("linear", "conv-down" or "conv-up"). file: the checkpoint name
+    where it differs from the storage name. value: the initial tensor, for tensors shared between layers.
+    """
+
+    shape: tuple[int, ...]
+    train: bool = True
+    save: bool = True
+    raw: bool = False
+    like: str | None = None
+    file: str | None = None
+    dtype: torch.dtype | None = None
+    value: Tensor | None = None
+
+
+class Method(ABC):
+    """What every kind shares. Subclass a kind below, not this."""
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[PeftConfig]]
+    sites: ClassVar[frozenset[str]] = frozenset({"linear"})
+    dropout: ClassVar[str | None] = None
+    mergeable: ClassVar[bool] = True
+    prefix: ClassVar[str] = ""
+    defaults: ClassVar[str] = "lora"  # whose default targets, where target_modules is None (defaults.py)
+
+    def variant(self, cfg: Any) -> str | None:
+        """The registry name of the method that a config's options select, when it is another one (DoRA)."""
+        return None
+
+    def prepare(self, cfg: Any, model: torch.nn.Module, model_type: str | None) -> None:
+        """Fill in what the config leaves to the model's architecture."""
+        if not cfg.target_modules and not getattr(cfg, "target_parameters", None) and cfg.target_modules is None:
+            found = default_targets(model, model_type, self.defaults)
+            cfg.target_modules = found if isinstance(found, str) else set(found)
+
+    def check(self, cfg: Any, site: Site) -> None:
+        """Raise ValueError where the settings do not fit the layer."""
+
+    @abstractmethod
+    def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
+        """Storage name -> Spec, for one layer. "lora_A.weight" is read as p.lora_A, "lora_B.bias" as
+        p.lora_B_bias."""
+
+    def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
+        """Fill p's tensors in place; return a new base weight or None. `weight()` is the base's, detached."""
+        return None
+
+    def changes_base(self, cfg: Any) -> bool:
+        """Whether `init` returns a new base weight: then it runs on loading, too."""
+        return False
+
+    def shared(self, cfg: Any, sites: Sequence[Site]) -> dict[str, Spec]:
+        """Tensors held once per adapter, sized by all target layers (VeRA's projections); Spec.value is set."""
+        return {}
+
+    def scaling(self, cfg: Any) -> float:
+        return 1.0
+
+    @abstractmethod
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        """The adapted layer's output for active adapters `ps`."""
+
+    @abstractmethod
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        """Weight and bias such that the plain layer computes what `forward` does without dropout."""
+
+
+class Additive(Method):
+    """y = base(x) + side(x);  W' = W + delta,  b' = b + bias_delta."""
+
+    @abstractmethod
+    def delta(self, p: View) -> Tensor:
+        """(out, inp / groups, *kernel), p.scaling included."""
+
+    def side(self, p: View, x: Tensor) -> Tensor:
+        """What the adapter adds to the output, without the bias change."""
+        return p.site.op(x, self.delta(p), None)
+
+    def bias_delta(self, p: View) -> Tensor | None:
+        return None
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        y = base(x, *args, **kwargs)
+        for p in ps:
+            y = y + self.side(p, p.drop(x)).to(y.dtype)
+            d = self.bias_delta(p)
+            if d is not None:
+                y = y + p.site.per_feature(d).to(y.dtype)
+        return y
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        for p in ps:
+            W = W + self.delta(p)
+            d = self.bias_delta(p)
+            if d is not None:
+                b = d if b is None else b + d
+        return W, b
+
+
+class LowRank(Additive):
+    """delta = scaling * B @ A, never formed in the forward pass."""
+
+    @abstractmethod
+    def factors(self, p: View) -> tuple[Tensor, Tensor]:
+        """B (out, k) and A (k, inp); for convolutions B (out, k / groups, 1, ...) and A (k, inp, *kernel)."""
+
+    def side(self, p: View, x: Tensor) -> Tensor:
+        B, A = self.factors(p)
+        return p.site.up(p.site.down(x, A), B * p.scaling)
+
+    def delta(self, p: View) -> Tensor:
+        B, A = self.factors(p)
+        return p.site.compose(B, A) * p.scaling
+
+
+class Gate(Method):
+    """y = post(base(pre(x))), both linear in their argument; the merged weight follows from them.
+
+    `pre` and `post` act on the last axis. Several adapters: `pre` in the order they were added, or the reverse
+    where `last_first`; `post` in the order they were added.
+    """
+
+    last_first: ClassVar[bool] = False
+    post_sees_bias: ClassVar[bool] = True
+
+    def pre(self, p: View, x: Tensor) -> Tensor:
+        return x
+
+    def post(self, p: View, y: Tensor) -> Tensor:
+        return y
+
+    def gates(self, p: View) -> tuple[bool, bool]:
+        """Which of pre and post this adapter uses; the other is skipped."""
+        kind = type(self)
+        return kind.pre is not Gate.pre, kind.post is not Gate.post
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        for p in reversed(ps) if self.last_first else ps:
+            if self.gates(p)[0]:
+                x = p.site.on_input(lambda v, p=p: self.pre(p, v), x)
+        y = base(x, *args, **kwargs)
+        posts = [p for p in ps if self.gates(p)[1]]
+        b = None if self.post_sees_bias or not posts else base.bias()
+        y = y if b is None else y - posts[0].site.per_feature(b)
+        for p in posts:
+            y = p.site.on_output(lambda v, p=p: self.post(p, v), y)
+        return y if b is None else y + posts[0].site.per_feature(b)
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        for p in ps if self.last_first else reversed(ps):
+            if self.gates(p)[0]:
+                W = p.site.fold_input(lambda v, p=p: self.pre(p, v), W)
+        for p in ps:
+            if self.gates(p)[1]:
+                W = self.post(p, W.movedim(0, -1)).movedim(-1, 0)
+                if b is not None and self.post_sees_bias:
+                    b = self.post(p, b)
+        return W, b
+
+
+class Reweight(Method):
+    """y = op(x, weight(W)) + bias(b). Several adapters sum their changes, or chain where `chained`."""
+
+    chained: ClassVar[bool] = False
+
+    @abstractmethod
+    def weight(self, p: View, W: Tensor) -> Tensor:
+        """The new weight, same shape as W: (out, inp / groups, *kernel)."""
+
+    def bias(self, p: View, W: Tensor, b: Tensor | None) -> Tensor | None:
+        return b
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        if self.chained or len(ps) == 1:
+            for p in ps:
+                W, b = self.weight(p, W), self.bias(p, W, b)
+            return W, b
+        news = [(self.weight(p, W), self.bias(p, W, b)) for p in ps]
+        if b is not None:
+            b = b + sum(n - b for _, n in news if n is not None)
+        return W + sum(w - W for w, _ in news), b
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        W, b = base.weight(), base.bias()
+        dropped = ps[0].drop(x)
+        if len(ps) == 1 and dropped is not x:  # the base sees x whole, the change sees it with dropout
+            new, nb = self.merged(ps, W, b)
+            y = base(x, *args, **kwargs) + ps[0].site.op(dropped, new - W, None)
+            return y if b is None or nb is None else y + ps[0].site.per_feature(nb - b)
+        return ps[0].site.op(x, *self.merged(ps, W, b))
+
+
+class Replace(Method):
+    """A trained copy stands in for the module; the last active adapter's copy runs."""
+
+    container: ClassVar[str]
+
+    def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
+        return {
+            f"{self.container}.{name}": Spec(tuple(t.shape), dtype=t.dtype)
+            for name, t in site.module.named_parameters(recurse=False)
+        }
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        return ps[-1].copy_of_module(self.container)(x, *args, **kwargs)
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        copy = ps[-1].copy_of_module(self.container)
+        return copy.weight, getattr(copy, "bias", None)
+
+
+class Prompt(ABC):
+    """Virtual tokens (`prompt`) or a key/value cache (`cache`) in front of the whole model's input.
+
+    A prompt method's tensors live in an encoder module per adapter, made by `encoder`; what is saved is the
+    finished prompt, (num_virtual_tokens, width).
+    """
+
+    name: ClassVar[str] = ""
+    Config: ClassVar[type[PeftConfig]]
+    gives: ClassVar[str] = "prompt"
+
+    @abstractmethod
+    def encoder(self, cfg: Any, embedding: torch.nn.Module | None) -> torch.nn.Module:
+        """The module whose call returns the prompt; `embedding` is the base's input embedding."""
+
+    def prompt(self, encoder: torch.nn.Module, cfg: Any, batch: int, tasks: Tensor | None) -> Tensor:
+        """(batch, num_virtual_tokens, width)."""
+        ids = torch.arange(cfg.num_virtual_tokens * cfg.num_transformer_submodules)
+        raise AdapterError(f"{self.name} gives no prompt for {batch} rows ({len(ids)} virtual tokens)")
+
+    def cache(self, encoder: torch.nn.Module, cfg: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """One (keys, values) pair a layer, each (batch, heads, num_virtual_tokens, head width)."""
+        raise AdapterError(f"{self.name} gives no key/value cache for {batch} rows")

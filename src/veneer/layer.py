@@ -1,0 +1,395 @@
+"""Adapted, the only wrapper: it holds a base layer and any number of adapters, of any methods.
+
+The maths is the method's; this file decides which adapters act, in which dtype, and whether the base already holds
+them (merged).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import rows, storage
+from .context import Host
+from .errors import AdapterError, CannotMerge
+from .kinds import Method, Spec, Weights
+from .site import Site
+
+Group = tuple[Method, tuple["View", ...]]
+
+
+class View:
+    """One adapter's tensors on one layer, handed to the method (`p` in kinds.py).
+
+    It reads through to the containers at each access, so `.to()`, FSDP, functional_call and deepcopy need no care.
+    """
+
+    def __init__(self, layer: Adapted, name: str, dtype: torch.dtype | None = None):
+        self.layer, self.name, self.dtype = layer, name, dtype
+        entry = layer.entries[name]
+        self.cfg, self.method, self.where, self.raw = entry.cfg, entry.method, entry.where, entry.raw
+
+    def __getattr__(self, key: str) -> Any:
+        if key in ("where", "raw", "layer"):  # not set yet while copy and pickle rebuild the object
+            raise AttributeError(key)
+        try:
+            holder, leaf = self.where[key]
+        except KeyError:
+            raise AttributeError(f"{self.method.name} has no tensor {key!r} on {self.site!r}") from None
+        t = getattr(holder, leaf)
+        if t.dtype == self.dtype or self.dtype is None or key in self.raw or not t.is_floating_point():
+            return t
+        return t.to(self.dtype)
+
+    def has(self, key: str) -> bool:
+        return key in self.where
+
+    def fill(self, key: str, value: Tensor) -> None:
+        """Write an initial value."""
+        holder, leaf = self.where[key]
+        with torch.no_grad():
+            getattr(holder, leaf).copy_(value)
+
+    @property
+    def site(self) -> Site:
+        return self.layer.site
+
+    @property
+    def scaling(self) -> float:
+        return self.layer.scaling[self.name]
+
+    @property
+    def training(self) -> bool:
+        return self.layer.training
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """Per-call data from the context."""
+        return self.layer.host.data
+
+    def drop(self, x: Tensor) -> Tensor:
+        if self.method.dropout is None or not self.layer.training:
+            return x
+        d: Any = self.layer._modules[self.method.dropout]
+        module = d[self.name]
+        return x if isinstance(module, nn.Identity) or not x.is_floating_point() else module(x)
+
+    def copy_of_module(self, container: str) -> nn.Module:
+        return self.layer._modules[container][self.name]  # type: ignore[index]
+
+
+class Entry:
+    """What the layer knows of one adapter besides its tensors."""
+
+    def __init__(self, cfg: Any, method: Method, specs: dict[str, Spec]):
+        self.cfg, self.method, self.specs = cfg, method, specs
+        self.shared: dict[str, Spec] = {}
+        self.where: dict[str, tuple[Any, str]] = {}
+        self.raw = frozenset(attribute(k) for k, s in specs.items() if s.raw)
+
+
+def attribute(storage_name: str) -> str:
+    """How a view calls a stored tensor: "lora_A.weight" -> "lora_A", "lora_B.bias" -> "lora_B_bias"."""
+    return storage_name.removesuffix(".weight").replace(".", "_")
+
+
+class Adapted(nn.Module):
+    """A base layer with its adapters."""
+
+    is_adapter_wrapper = True
+
+    def __init__(self, site: Site, host: Host):
+        super().__init__()
+        self.base_layer = site.module
+        self.site, self.host = site, host
+        self.entries: dict[str, Entry] = {}
+        self.scaling: dict[str, float] = {}
+        self.merged_adapters: list[str] = []
+        self.own_active: tuple[str, ...] | None = None
+        self.own_enabled = True
+        self._backup: Any = None
+        self._plans: dict[torch.dtype | None, tuple[Group, ...]] = {}
+        self._plans_version = -1
+        self.training = site.module.training
+
+    # -- adapters --------------------------------------------------------------------------------------
+    def add(
+        self, name: str, cfg: Any, method: Method, *, device: Any = None, dtype: torch.dtype | None = None,
+        shared: tuple[nn.Module, dict[str, Spec]] | None = None,
+    ) -> View:  # fmt: skip
+        """Create an adapter's tensors (not filled) and return its view."""
+        method.check(cfg, self.site)
+        specs = method.tensors(cfg, self.site)
+        entry = Entry(cfg, method, specs)
+        base_dtype = self.site.dtype if self.site.dtype.is_floating_point else torch.get_default_dtype()
+        for key, spec in specs.items():
+            value = storage.empty(spec, device or self.site.device, dtype or base_dtype)
+            storage.place(self, key, name, spec, value, self.site)
+            entry.where[attribute(key)] = storage.holder_of(self, key, name)
+        if shared is not None:
+            owner, entry.shared = shared
+            for key in entry.shared:
+                entry.where[attribute(key)] = storage.holder_of(owner, key, name)
+        if method.dropout is not None:
+            if method.dropout not in self._modules:
+                self.add_module(method.dropout, nn.ModuleDict())
+            rate = getattr(cfg, method.dropout, 0.0)
+            self._modules[method.dropout][name] = nn.Dropout(rate) if rate > 0 else nn.Identity()  # type: ignore[index]
+        self.entries[name] = entry
+        self.scaling[name] = method.scaling(cfg)
+        self.changed()
+        return View(self, name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        entry = self.entries.pop(adapter_name, None)
+        if entry is None:
+            return
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(f"adapter {adapter_name!r} is merged into {self.site!r}; unmerge it before deleting it")
+        for key in entry.specs:
+            storage.remove(self, key, adapter_name)
+        if entry.method.dropout is not None:
+            del self._modules[entry.method.dropout][adapter_name]  # type: ignore[union-attr,arg-type]
+        self.scaling.pop(adapter_name, None)
+        if self.own_active is not None:
+            self.own_active = tuple(n for n in self.own_active if n != adapter_name)
+        self.changed()
+
+    def changed(self) -> None:
+        """Forget cached views."""
+        self._plans_version = -1
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.host.active if self.own_active is None else self.own_active)
+
+    @property
+    def enabled(self) -> bool:
+        return self.host.enabled and self.own_enabled
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters on this layer alone; the model's set_adapter is constant work and does all layers."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        for adapter in self.entries:
+            self.require_grad(adapter, adapter in names and not inference_mode)
+        self.own_active = tuple(names)
+        self.changed()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.own_enabled = enabled
+        if enabled:
+            self.set_adapter(self.active_adapters)
+        else:
+            for adapter in self.entries:
+                self.require_grad(adapter, False)
+        self.changed()
+
+    def parameters_of(self, adapter: str) -> Iterable[nn.Parameter]:
+        """The trained tensors of an adapter on this layer, shared ones left out."""
+        entry = self.entries[adapter]
+        for key, spec in entry.specs.items():
+            if spec.train:
+                holder, leaf = entry.where[attribute(key)]
+                yield getattr(holder, leaf)
+
+    def require_grad(self, adapter: str, on: bool) -> None:
+        for p in self.parameters_of(adapter):
+            p.requires_grad_(on)
+
+    # -- what acts ----------------------------------------------------------------------------------------
+    def groups(self, names: Sequence[str], dtype: torch.dtype | None) -> tuple[Group, ...]:
+        """Adapters in order, neighbours of one method together."""
+        out: list[tuple[Method, list[View]]] = []
+        for name in names:
+            if name in self.entries:
+                view = View(self, name, dtype)
+                if out and out[-1][0] is view.method:
+                    out[-1][1].append(view)
+                else:
+                    out.append((view.method, [view]))
+        return tuple((m, tuple(v)) for m, v in out)
+
+    def view(self, adapter: str, dtype: torch.dtype | None = None) -> View:
+        """One adapter's tensors, handed out in `dtype` (None: as stored)."""
+        return View(self, adapter, dtype)
+
+    def plan(self, dtype: torch.dtype | None) -> tuple[Group, ...]:
+        if self._plans_version != self.host.version:
+            self._plans = {}
+            self._plans_version = self.host.version
+        found = self._plans.get(dtype)
+        if found is None:
+            live = self.enabled and not self.merged_adapters
+            found = self.groups(self.active_adapters, dtype) if live else ()
+            self._plans[dtype] = found
+        return found
+
+    def compute_dtype(self, x: Tensor) -> torch.dtype:
+        """Adapters compute in the activations' dtype; their own tensors may be float32 masters."""
+        if x.is_floating_point():
+            return x.dtype
+        return self.site.dtype if self.site.dtype.is_floating_point else torch.get_default_dtype()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.merged_adapters:
+            self._while_merged()
+        if self.host.rows is not None and self.enabled:
+            return rows.forward(self, self.host.rows, x, args, kwargs)
+        base: Any = self.base_layer
+        groups = self.plan(self.compute_dtype(x))
+        if not groups:
+            return base(x, *args, **kwargs)
+        base = Base(self.site)
+        for method, views in groups[:-1]:
+            base = Stacked(base, method, views)
+        method, views = groups[-1]
+        return method.forward(views, x, base, args, kwargs)
+
+    def _while_merged(self) -> None:
+        if not self.enabled:
+            self.unmerge()  # a disabled layer is the base
+        elif self.host.rows is not None:
+            raise AdapterError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
+
+    # -- merging --------------------------------------------------------------------------------------------
+    def merged_weights(self, names: Sequence[str]) -> Weights:
+        """(weight, bias) with these adapters, in float32 at least, in the site's layout."""
+        W, b = self.site.weight().detach(), self.site.bias()
+        work = torch.promote_types(W.dtype, torch.float32)
+        W, b = W.to(work), None if b is None else b.detach().to(work)
+        with torch.no_grad():
+            for method, views in self.groups(names, work):
+                if not method.mergeable:
+                    raise CannotMerge(f"{method.name} on {self.site!r} depends on the input and has no merged weight")
+                W, b = method.merged(views, W, b)
+        return W, b
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Put adapters into the base's weight. The base's own parameters are kept aside for `unmerge`.
+
+        Raises ValueError where the merged weight holds NaN or infinity and safe_merge is set.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = [n for n in names if n in self.entries and n not in self.merged_adapters]
+        if not names:
+            return
+        everything = [*self.merged_adapters, *names]
+        if self._backup is not None:  # sums and orders are those of one merge of all of them
+            self.site.put_back(self._backup)
+            self._backup = None
+        W, b = self.merged_weights(everything)
+        if safe_merge and not (torch.isfinite(W).all() and (b is None or torch.isfinite(b).all())):
+            raise ValueError(
+                f"NaNs detected in the merged weights of {self.site!r}. The adapter {', '.join(names)} seems to be "
+                "broken; nothing was merged into this layer"
+            )
+        self._backup = self.site.put(W, b)
+        self.merged_adapters = everything
+        self.changed()
+
+    def unmerge(self) -> None:
+        """Restore the base's own parameters, bit for bit."""
+        if not self.merged_adapters:
+            return
+        self.site.put_back(self._backup)
+        self._backup, self.merged_adapters = None, []
+        self.changed()
+
+    def get_base_layer(self) -> nn.Module:
+        base: nn.Module = self.base_layer
+        while isinstance(base, Adapted):
+            base = base.base_layer
+        return base
+
+    def delta(self, adapter: str) -> Tensor:
+        """The change an adapter makes to the weight, (out, inp / groups, *kernel), float32 at least."""
+        W = self.site.weight().detach()
+        new, _ = self.merged_weights([adapter])
+        return new - W.to(new.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The same in the layout of the layer's own weight."""
+        return self.site.from_canonical(self.delta(adapter)).to(self.site.dtype)
+
+    # -- scaling, under peft's names -------------------------------------------------------------------------
+    def set_scale(self, adapter: str, scale: float) -> None:
+        if adapter in self.entries:
+            entry = self.entries[adapter]
+            self.scaling[adapter] = scale * entry.method.scaling(entry.cfg)
+
+    def scale_layer(self, scale: float) -> None:
+        for adapter in self.active_adapters:
+            if adapter in self.scaling:
+                self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        for adapter in self.active_adapters:
+            if adapter in self.entries:
+                entry = self.entries[adapter]
+                self.scaling[adapter] = (
+                    entry.method.scaling(entry.cfg) if scale is None else self.scaling[adapter] / scale
+                )
+
+    # -- the base's own face -----------------------------------------------------------------------------------
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer._parameters.get("bias")
+
+    @property
+    def in_features(self) -> int:
+        return self.site.inp
+
+    @property
+    def out_features(self) -> int:
+        return self.site.out
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{n}: {e.method.name}" for n, e in self.entries.items())
+
+
+class Base:
+    """The base layer as methods see it: a call, a weight, a bias."""
+
+    def __init__(self, site: Site):
+        self.site = site
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.site.module(x, *args, **kwargs)
+
+    def weight(self) -> Tensor:
+        return self.site.weight()
+
+    def bias(self) -> Tensor | None:
+        return self.site.bias()
+
+
+class Stacked:
+    """A base with one method's adapters on it, as the base of the next method's."""
+
+    def __init__(self, base: Any, method: Method, views: tuple[View, ...]):
+        self.base, self.method, self.views = base, method, views
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.method.forward(self.views, x, self.base, args, kwargs)
+
+    def weight(self) -> Tensor:
+        return self.method.merged(self.views, self.base.weight(), self.base.bias())[0]
+
+    def bias(self) -> Tensor | None:
+        return self.method.merged(self.views, self.base.weight(), self.base.bias())[1]
+
+
+def adapted_layers(model: nn.Module) -> Iterable[tuple[str, Adapted]]:
+    """Every Adapted of a model with its path."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Adapted))

@@ -1,0 +1,133 @@
+"""LoRA: low-rank adaptation. Hu et al. 2021, arXiv:2106.09685, section 4.1.
+
+    y = W x + (alpha / r) B A x          rsLoRA (arXiv:2312.03732): alpha / sqrt(r)
+
+    lora_A.weight (r, inp)               lora_embedding_A (r, rows) on an embedding
+    lora_B.weight (out, r)               lora_embedding_B (out, r)
+    lora_B.bias   (out,)                 with lora_bias
+
+Convolutions: A (r, inp, *kernel) reads with the layer's own stride and padding, B (out, r / groups, 1, ...) mixes.
+Merges; on a convolution with groups > 1 it does not, since A reads every channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..config import AdapterConfig
+from ..errors import AdapterError
+from .. import inits
+from ..kinds import LowRank, Spec
+from ..layer import View
+from ..site import Site
+
+DENSE = frozenset({"linear", "conv", "embedding"})
+
+
+@dataclass
+class LoraConfig(AdapterConfig):
+    """r: rank. lora_alpha: the change is scaled by lora_alpha / r. lora_dropout: on the adapter's input.
+
+    bias: "none", "all" or "lora_only", which of the base's biases are trained. init_lora_weights: True (A random,
+    B zero), False (both random, for tests), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora".
+    rank_pattern, alpha_pattern: {layer name or regex: value}. target_parameters: names of 3-D expert weights.
+    """
+
+    r: int = 8
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict | None = field(default_factory=dict)
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+    target_parameters: list[str] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "LORA"
+        if self.lora_bias and self.use_dora:
+            raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
+        if self.lora_bias and self.init_lora_weights not in (True, False):
+            raise ValueError(
+                f"The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
+                f"init_lora_weights={self.init_lora_weights!r} instead."
+            )
+
+
+def lora_tensors(cfg: LoraConfig, site: Site) -> dict[str, Spec]:
+    """A and B for any kind of layer."""
+    r, k = cfg.r, site.kernel
+    if site.kind == "embedding":
+        return {"lora_embedding_A": Spec((r, site.inp)), "lora_embedding_B": Spec((site.out, r))}
+    down, up = ("conv-down", "conv-up") if k else ("linear", "linear")
+    out = {
+        "lora_A.weight": Spec((r, site.inp, *k), like=down),
+        "lora_B.weight": Spec((site.out, r // site.groups, *(1 for _ in k)), like=up),
+    }
+    if cfg.lora_bias:
+        out["lora_B.bias"] = Spec((site.out,))
+    return out
+
+
+def lora_factors(p: View) -> tuple[Tensor, Tensor]:
+    if p.site.kind == "embedding":
+        return p.lora_embedding_B, p.lora_embedding_A
+    return p.lora_B, p.lora_A
+
+
+def lora_scaling(cfg: LoraConfig) -> float:
+    return cfg.lora_alpha / (math.sqrt(cfg.r) if cfg.use_rslora else cfg.r)
+
+
+def lora_check(cfg: LoraConfig, site: Site) -> None:
+    if cfg.r <= 0:
+        raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r} ({site!r})")
+    if cfg.r % site.groups:
+        raise ValueError(
+            f"Targeting a {type(site.module).__name__} with groups={site.groups} and rank {cfg.r}. "
+            f"Currently, support is limited to conv layers where the rank is divisible by groups. ({site!r})"
+        )
+    if cfg.lora_bias and site.kind == "embedding":
+        raise AdapterError(f"lora_bias=True on {site!r}: an embedding has no bias; take it out of target_modules")
+
+
+class LoRA(LowRank):
+    Config = LoraConfig
+    sites = DENSE
+    prefix = "lora_"
+    dropout = "lora_dropout"
+
+    def variant(self, cfg: Any) -> str | None:
+        return "DORA" if cfg.use_dora else None
+
+    def check(self, cfg: Any, site: Site) -> None:
+        lora_check(cfg, site)
+
+    def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
+        return lora_tensors(cfg, site)
+
+    def scaling(self, cfg: Any) -> float:
+        return lora_scaling(cfg)
+
+    def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
+        return inits.initial(p, cfg, weight)
+
+    def changes_base(self, cfg: Any) -> bool:
+        return inits.changes_base(cfg)
+
+    def factors(self, p: View) -> tuple[Tensor, Tensor]:
+        return lora_factors(p)
+
+    def bias_delta(self, p: View) -> Tensor | None:
+        return p.lora_B_bias * p.scaling if p.cfg.lora_bias else None

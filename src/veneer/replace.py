@@ -1,0 +1,100 @@
+"""modules_to_save: a module trained whole, a copy of it per adapter, saved with the adapter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from .context import Host
+from .errors import AdapterError
+
+
+class SavedModule(nn.Module):
+    """Stands where the module stood; runs the active adapter's copy, or the original where none is active."""
+
+    is_adapter_wrapper = True
+
+    def __init__(self, module: nn.Module, name: str, host: Host):
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.site_name, self.host = name, host
+        self.merged_adapter: str | None = None
+        self.own_active: tuple[str, ...] | None = None
+        self.own_enabled = True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or "original_module" not in self._modules:
+                raise
+            return getattr(self.running(), name)
+
+    def add(self, adapter: str, meta: bool = False) -> None:
+        with torch.no_grad():
+            made = copy.deepcopy(self.original_module)
+        if meta:
+            made = made.to("meta")
+        for p in made.parameters():
+            if p.is_floating_point():
+                p.requires_grad_(True)
+        self.modules_to_save[adapter] = made
+
+    def delete_adapter(self, adapter: str) -> None:
+        if adapter in self.modules_to_save:
+            del self.modules_to_save[adapter]
+
+    @property
+    def active_adapters(self) -> list[str]:
+        names = self.host.active if self.own_active is None else self.own_active
+        return [n for n in names if n in self.modules_to_save]
+
+    def set_adapter(self, adapter_names: Any, inference_mode: bool = False) -> None:
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        for adapter in self.modules_to_save:
+            self.require_grad(adapter, adapter in names and not inference_mode)
+        self.own_active = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.own_enabled = enabled
+
+    def require_grad(self, adapter: str, on: bool) -> None:
+        if adapter in self.modules_to_save:
+            for p in self.modules_to_save[adapter].parameters():
+                if p.is_floating_point():
+                    p.requires_grad_(on)
+
+    def running(self) -> nn.Module:
+        """The module that a call uses now."""
+        if not (self.host.enabled and self.own_enabled):
+            return self.original_module
+        active = self.active_adapters
+        return self.modules_to_save[active[-1]] if active else self.original_module
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = self.host.rows
+        if rows is None or not (self.host.enabled and self.own_enabled):
+            return self.running()(x, *args, **kwargs)
+        out: torch.Tensor | None = None
+        names = [n if n in self.modules_to_save else None for n in rows.names] + [None]
+        for i in rows.index.unique().tolist():  # whole modules cannot be stacked: one pass for each that occurs
+            name = names[i]
+            module = self.original_module if name is None else self.modules_to_save[name]
+            where = (rows.index == i).nonzero().squeeze(1).to(x.device)
+            part = module(x[where], *args, **kwargs)
+            if not isinstance(part, torch.Tensor):
+                raise AdapterError(f"{self.site_name}: adapter_names needs a module that returns a tensor")
+            if out is None:
+                out = part.new_empty((len(x), *part.shape[1:]))
+            out = out.index_copy(0, where, part)
+        assert out is not None
+        return out
+
+    def unwrapped(self, adapters: Any = None) -> nn.Module:
+        """The module to leave behind: the active copy, or the original where `adapters` names none of them."""
+        names = self.active_adapters if adapters is None else [n for n in adapters if n in self.modules_to_save]
+        return self.modules_to_save[names[-1]] if names else self.original_module

@@ -1,0 +1,283 @@
+"""One view of every layer that can be adapted: a linear map with (out, inp, kernel, groups) and an `op`.
+
+Whatever the class, weights come and go as (out, inp / groups, *kernel): transformers' Conv1D is transposed, an
+embedding is the linear map of a one-hot row, its weight (width, rows).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import AdapterError, CannotMerge
+
+
+class Site(ABC):
+    """A layer seen as a linear map. `kind` is what a method lists in its `sites`."""
+
+    kind: ClassVar[str]
+    kernel: tuple[int, ...] = ()
+    groups: int = 1
+
+    def __init__(self, module: nn.Module, name: str = ""):
+        self.module, self.name = module, name
+        self.out, self.inp = self.size()
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, (self.out, self.inp, *self.kernel)))
+        return f"{self.name or type(self.module).__name__} ({shape})"
+
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """(out, inp)"""
+
+    @abstractmethod
+    def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        """The layer's own operation with another weight, its number of outputs free."""
+
+    # -- the base's weight --------------------------------------------------------------------------
+    @property
+    def stored(self) -> Tensor:
+        return self.module.weight  # type: ignore[return-value]
+
+    def weight(self) -> Tensor:
+        """(out, inp / groups, *kernel), a view of the base's weight."""
+        return self.to_canonical(self.stored)
+
+    def bias(self) -> Tensor | None:
+        return self.module._parameters.get("bias")
+
+    def to_canonical(self, W: Tensor) -> Tensor:
+        return W
+
+    def from_canonical(self, W: Tensor) -> Tensor:
+        return W
+
+    def put(self, W: Tensor, b: Tensor | None) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """Give the layer new parameters and return the old objects, which `put_back` restores.
+
+        New Parameter objects rather than in-place writes: unmerging is exact, and a weight tied to another
+        layer (an embedding and its head) stays as it was over there.
+        """
+        old_w, old_b = self.module._parameters["weight"], self.module._parameters.get("bias")
+        assert old_w is not None
+        data = self.from_canonical(W).to(old_w.dtype).contiguous()
+        self.module.weight = nn.Parameter(data, requires_grad=old_w.requires_grad)
+        if b is not None:
+            trained = old_b is not None and old_b.requires_grad
+            self.module.bias = nn.Parameter(b.to(old_w.dtype), requires_grad=trained)
+        return old_w, old_b
+
+    def put_back(self, old: tuple[nn.Parameter, nn.Parameter | None]) -> None:
+        now = self.module.weight
+        for name, p in zip(("weight", "bias"), old, strict=True):
+            if p is not None and p.device != now.device:
+                p.data = p.data.to(now.device)  # type: ignore[arg-type]
+            if p is not None or name in self.module._parameters:
+                self.module._parameters[name] = p
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    # -- low-rank products --------------------------------------------------------------------------
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        return self.op(x, A, None)
+
+    def up(self, h: Tensor, B: Tensor) -> Tensor:
+        return F.linear(h, B)
+
+    def compose(self, B: Tensor, A: Tensor) -> Tensor:
+        """The weight of `up(down(x))`."""
+        return B @ A
+
+    # -- gates: functions on the last axis -----------------------------------------------------------
+    def on_input(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return f(x)
+
+    def on_output(self, f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        return f(y)
+
+    def fold_input(self, f: Callable[[Tensor], Tensor], W: Tensor) -> Tensor:
+        """The weight of op(f(x)), for linear f: W @ f(identity).T"""
+        eye = torch.eye(self.inp, dtype=W.dtype, device=W.device)
+        return W @ f(eye).mT
+
+    def per_feature(self, v: Tensor) -> Tensor:
+        """A vector of `out` numbers, shaped to broadcast over the layer's output."""
+        return v
+
+
+class LinearSite(Site):
+    kind = "linear"
+
+    def size(self) -> tuple[int, int]:
+        return self.stored.shape[0], self.stored.shape[1]
+
+    def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x, W, b)
+
+
+class Conv1DSite(Site):
+    """transformers' Conv1D: a Linear whose weight is stored (inp, out)."""
+
+    kind = "linear"
+
+    def size(self) -> tuple[int, int]:
+        return self.stored.shape[1], self.stored.shape[0]
+
+    def to_canonical(self, W: Tensor) -> Tensor:
+        return W.T
+
+    def from_canonical(self, W: Tensor) -> Tensor:
+        return W.T
+
+    def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x, W, b)
+
+
+class EmbeddingSite(Site):
+    """A row look-up: the linear map of a one-hot vector; op(ids, W) with W (out, rows)."""
+
+    kind = "embedding"
+
+    def size(self) -> tuple[int, int]:
+        return self.stored.shape[1], self.stored.shape[0]
+
+    def to_canonical(self, W: Tensor) -> Tensor:
+        return W.T
+
+    def from_canonical(self, W: Tensor) -> Tensor:
+        return W.T
+
+    def _scale(self, y: Tensor) -> Tensor:
+        scale = getattr(self.module, "embed_scale", None)  # Gemma, BART and kin scale what they look up
+        return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
+
+    def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        m = self.module
+        y = F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)  # type: ignore[arg-type]
+        return self._scale(y)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        m = self.module
+        y = F.embedding(x, A.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)  # type: ignore[arg-type]
+        return self._scale(y)
+
+    def on_input(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        raise AdapterError(f"{self!r}: an embedding's input is a token id; nothing can be applied to it")
+
+    def fold_input(self, f: Callable[[Tensor], Tensor], W: Tensor) -> Tensor:
+        raise AdapterError(f"{self!r}: an embedding's input is a token id; nothing can be folded into it")
+
+
+class ConvSite(Site):
+    """Conv1d, Conv2d, Conv3d with stride, padding (all modes), dilation and groups."""
+
+    kind = "conv"
+
+    def __init__(self, module: nn.Module, name: str = ""):
+        self.kernel = tuple(module.kernel_size)  # type: ignore[arg-type]
+        self.groups = module.groups  # type: ignore[assignment]
+        self.conv: Any = getattr(F, f"conv{len(self.kernel)}d")
+        super().__init__(module, name)
+
+    def size(self) -> tuple[int, int]:
+        return self.module.out_channels, self.module.in_channels  # type: ignore[return-value]
+
+    def _padded(self, x: Tensor) -> tuple[Tensor, Any]:
+        m: Any = self.module
+        if m.padding_mode == "zeros":
+            return x, m.padding
+        return F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+
+    def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        m: Any = self.module
+        x, padding = self._padded(x)
+        return self.conv(x, W, b, m.stride, padding, m.dilation, self.groups)
+
+    def down(self, x: Tensor, A: Tensor) -> Tensor:
+        m: Any = self.module
+        x, padding = self._padded(x)
+        return self.conv(x, A, None, m.stride, padding, m.dilation, self.inp // A.shape[1])
+
+    def up(self, h: Tensor, B: Tensor) -> Tensor:
+        return self.conv(h, B.reshape(*B.shape[:2], *[1] * len(self.kernel)), None, 1, 0, 1, self.groups)
+
+    def compose(self, B: Tensor, A: Tensor) -> Tensor:
+        if self.groups > 1 and A.shape[1] == self.inp:
+            raise CannotMerge(
+                f"{self!r}: this adapter reads all {self.inp} input channels while the layer's {self.groups} groups "
+                f"read {self.inp // self.groups} each, so no weight of the layer's shape equals it; keep it unmerged"
+            )
+        B2, A2 = B.flatten(1), A.flatten(1)
+        if self.groups == 1:
+            return (B2 @ A2).reshape(len(B), self.inp, *self.kernel)
+        Bg, Ag = B2.unflatten(0, (self.groups, -1)), A2.unflatten(0, (self.groups, -1))
+        return torch.bmm(Bg, Ag).reshape(len(B), self.inp // self.groups, *self.kernel)
+
+    def on_input(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        axis = -1 - len(self.kernel)
+        return f(x.movedim(axis, -1)).movedim(-1, axis)
+
+    on_output = on_input
+
+    def fold_input(self, f: Callable[[Tensor], Tensor], W: Tensor) -> Tensor:
+        eye = torch.eye(self.inp, dtype=W.dtype, device=W.device)
+        M = f(eye)  # row i: what input channel i becomes
+        if self.groups == 1:
+            return torch.einsum("oc...,ic->oi...", W, M)
+        g, size = self.groups, self.inp // self.groups
+        blocks = M.reshape(g, size, g, size)
+        own = torch.stack([blocks[i, :, i] for i in range(g)])
+        if math.isclose(blocks.norm().item(), own.norm().item(), rel_tol=1e-6):
+            Wg = W.unflatten(0, (g, -1))
+            return torch.einsum("goc...,gic->goi...", Wg, own).flatten(0, 1)
+        raise CannotMerge(f"{self!r}: the change mixes channels of different groups; keep the adapter unmerged")
+
+    def per_feature(self, v: Tensor) -> Tensor:
+        return v.reshape(-1, *[1] * len(self.kernel))
+
+
+class ModuleSite(Site):
+    """Any module, for methods that put a trained copy in its place."""
+
+    kind = "module"
+
+    def size(self) -> tuple[int, int]:
+        weight = self.module._parameters.get("weight")
+        if weight is None:
+            return 0, 0
+        return weight.shape[0], weight.shape[-1]
+
+    def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        raise AdapterError(f"{self!r}: {type(self.module).__name__} is not a linear map")
+
+
+def site_of(module: nn.Module, name: str = "", wanted: frozenset[str] | None = None) -> Site | None:
+    """The Site of a module, or None where veneer has no view of it. `wanted`: the kinds a method supports."""
+    from .backends import site_of_backend
+
+    site: Site | None = site_of_backend(module, name)
+    if site is None:
+        if isinstance(module, nn.Linear):
+            site = LinearSite(module, name)
+        elif isinstance(module, nn.Embedding):
+            site = EmbeddingSite(module, name)
+        elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            site = ConvSite(module, name)
+        elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            site = Conv1DSite(module, name)
+    if wanted is not None and "module" in wanted and (site is None or site.kind not in wanted):
+        return ModuleSite(module, name)
+    return site if site is not None and (wanted is None or site.kind in wanted) else None

@@ -1,0 +1,319 @@
+"""Tensor names <-> checkpoint keys: what an adapter's file holds, and putting a file's tensors in place.
+
+A file's key is "base_model.model." + layer path + tensor name without the adapter's name, as peft writes it. Tensors
+shared between layers stand directly under "base_model.". Only declared tensors are walked; the base's state dict is
+never gathered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import share
+from .errors import AdapterError, LoadError
+from .kinds import Spec
+
+if TYPE_CHECKING:
+    from .tuner import Tuner
+
+
+@dataclass
+class Place:
+    """Where one checkpoint tensor lives: getattr(holder, leaf)."""
+
+    key: str
+    holder: Any
+    leaf: str
+    spec: Spec | None = None  # None: part of a whole module or a bias of the base
+    saved: bool = True
+
+    def get(self) -> Tensor:
+        return getattr(self.holder, self.leaf)
+
+
+def places(tuner: Tuner, adapter: str, prefix: str = "base_model.model.") -> Iterator[Place]:
+    """Every tensor of an adapter with its file key."""
+    root = prefix.removesuffix("model.") if prefix.endswith("model.") else prefix
+    for path, key, spec, holder, leaf in tuner.tensor_names(adapter):
+        full = f"{prefix}{path}.{key}" if path else f"{root}{key}"
+        yield Place(full, holder, leaf, spec, spec.save)
+    yield from module_places(tuner.model, adapter, prefix)
+    yield from _bias_places(tuner, adapter, prefix)
+
+
+def module_places(model: nn.Module, adapter: str, prefix: str) -> Iterator[Place]:
+    """Tensors of modules_to_save copies: under the module's own name."""
+    from .replace import SavedModule
+
+    for path, wrapper in model.named_modules():
+        if isinstance(wrapper, SavedModule) and adapter in wrapper.modules_to_save:
+            copied = wrapper.modules_to_save[adapter]
+            for name, module in copied.named_modules():
+                dropped = module._non_persistent_buffers_set
+                own = [n for n, p in module._parameters.items() if p is not None]
+                own += [n for n, b in module._buffers.items() if b is not None and n not in dropped]
+                for leaf in own:
+                    yield Place(".".join(x for x in (prefix + path, name, leaf) if x), module, leaf)
+
+
+def _bias_places(tuner: Tuner, adapter: str, prefix: str) -> Iterator[Place]:
+    """The base's biases that bias="all" or "<method>_only" trains."""
+    mode = getattr(tuner.peft_config[adapter], "bias", "none")
+    if mode in (None, "none"):
+        return
+    adapted = {path for path, layer in tuner.layers() if adapter in layer.entries}
+    for path, module in tuner.model.named_modules():
+        if module._parameters.get("bias") is None or ".lora_" in f".{path}" or ".modules_to_save." in path:
+            continue
+        if mode == "all" or path.removesuffix(".base_layer") in adapted and path.endswith(".base_layer"):
+            yield Place(f"{prefix}{path}.bias", module, "bias")
+
+
+def collect(tuner: Tuner, adapter: str, prefix: str = "base_model.model.", *, compact: bool = False) -> dict[str, Tensor]:
+    """File key -> tensor. compact: tensors that layers share once (only veneer reads it)."""
+    out = {p.key: p.get().detach() for p in places(tuner, adapter, prefix) if p.saved}
+    for key, t in out.items():
+        if t.is_meta or (t.numel() == 0 and 0 not in _declared_shape(tuner, adapter, key, prefix)):
+            raise AdapterError(
+                f"{key} holds no data ({'meta device' if t.is_meta else 'empty'}): parameters that are sharded or "
+                "offloaded must be gathered before saving"
+            )
+    return share.compact(out, tuner, adapter) if compact else out
+
+
+def _declared_shape(tuner: Tuner, adapter: str, key: str, prefix: str) -> tuple[int, ...]:
+    for p in places(tuner, adapter, prefix):
+        if p.key == key and p.spec is not None:
+            return p.spec.shape
+    return (1,)
+
+
+@dataclass
+class LoadReport:
+    """What loading did. missing and unexpected are file keys; mismatched says both shapes."""
+
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    mismatched_keys: list[str] = field(default_factory=list)
+    loaded: int = 0
+
+    @property
+    def ok(self) -> bool:
+        return not (self.missing_keys or self.unexpected_keys or self.mismatched_keys)
+
+    def text(self) -> str:
+        lines = []
+        for title, keys in (
+            ("missing from the file", self.missing_keys),
+            ("in the file but nowhere in the model", self.unexpected_keys),
+            ("of another shape", self.mismatched_keys),
+        ):
+            if keys:
+                shown = [f"    {k}" for k in keys[:20]] + [f"    ... and {len(keys) - 20} more"] * (len(keys) > 20)
+                lines += [f"  {len(keys)} {title}:", *shown]
+        if self.missing_keys and self.unexpected_keys:
+            near = get_close_matches(self.missing_keys[0], self.unexpected_keys, n=1, cutoff=0.5)
+            if near:
+                lines.append(f"  nearest pair: wanted {self.missing_keys[0]}, file has {near[0]}")
+        return "\n".join(lines)
+
+    def check(self, source: str) -> None:
+        """Raise LoadError unless every tensor found its place."""
+        if not self.ok:
+            raise LoadError(
+                f"{source} does not fit this model ({self.loaded} tensors do):\n{self.text()}\n"
+                "Load it into the model it was trained on, or pass strict=False to keep what fits and leave the rest "
+                "at its initial value.",
+                {"missing": self.missing_keys, "unexpected": self.unexpected_keys, "mismatched": self.mismatched_keys},
+            )
+
+
+def _clean(key: str, adapter: str) -> str:
+    """A key as current files have it: wrappers' names and the adapter's own name taken out."""
+    for noise in ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        key = key.replace(noise, "")
+    key = key.removeprefix("module.")
+    key = key.replace(f".modules_to_save.{adapter}.", ".").replace(".modules_to_save.", ".")
+    return key.removesuffix(f".{adapter}") if key.endswith(f".{adapter}") else key.replace(f".{adapter}.", ".")
+
+
+def put(
+    tuner: Tuner, adapter: str, tensors: dict[str, Tensor], prefix: str = "base_model.model.", *,
+    ignore_mismatched_sizes: bool = False, extra: Callable[[str, Tensor], bool] | None = None,
+) -> LoadReport:  # fmt: skip
+    """Assign a file's tensors to an adapter. Nothing is changed for a tensor whose shape differs.
+
+    extra(key, tensor) may take keys that are not the adapter's (saved embeddings).
+    """
+    report = LoadReport()
+    tensors = share.expand(tensors, tuner, adapter)
+    left: dict[str, str] = {}
+    for k in tensors:  # a tensor that a file holds under an old and a current name is read by the current one
+        if (clean := _clean(k, adapter)) == k or clean not in left:
+            left[clean] = k
+    made: dict[int, nn.Parameter] = {}
+    for place in list(places(tuner, adapter, prefix)):
+        source = left.pop(place.key, None)
+        if source is None:
+            if place.saved:
+                report.missing_keys.append(place.key)
+            continue
+        _assign(place, tensors[source], report, made, tuner)
+    for key, source in left.items():
+        if extra is None or not extra(key, tensors[source]):
+            report.unexpected_keys.append(source)
+    if ignore_mismatched_sizes:
+        report.mismatched_keys.clear()
+    for _, layer in tuner.layers():
+        layer.changed()
+    return report
+
+
+def _assign(place: Place, value: Tensor, report: LoadReport, made: dict[int, nn.Parameter], tuner: Tuner) -> None:
+    old = place.get()
+    if old.shape != value.shape:
+        report.mismatched_keys.append(f"{place.key}: file {tuple(value.shape)}, model {tuple(old.shape)}")
+        return
+    device = base_device(place, old, tuner)
+    value = value.to(device=device, dtype=old.dtype)
+    report.loaded += 1
+    if not isinstance(old, nn.Parameter):
+        setattr(place.holder, place.leaf, value)
+    elif id(old) in made:  # the same tensor under several names: shared between layers
+        place.holder._parameters[place.leaf] = made[id(old)]
+    elif old.is_meta:
+        made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
+        made[id(made[id(old)])] = made[id(old)]
+        place.holder._parameters[place.leaf] = made[id(old)]
+    else:
+        old.data = value
+
+
+def base_device(place: Place, old: Tensor, tuner: Tuner) -> torch.device:
+    """Where a loaded tensor goes: where its place is, or for a place without memory, where the base is."""
+    if not old.is_meta:
+        return old.device
+    for p in tuner.model.parameters():
+        if not p.is_meta:
+            return p.device
+    return torch.device("cpu")
+
+
+def read(source: str | os.PathLike, subfolder: str | None = None, device: str = "cpu", **hub: Any) -> tuple[dict[str, Tensor], str]:
+    """An adapter's tensors and the path they came from; safetensors first, then an old .bin (weights only)."""
+    from .files import BIN_NAME, SAFE_NAME, locate, read_tensors
+
+    for name in (SAFE_NAME, BIN_NAME):
+        path = locate(source, name, subfolder=subfolder, **hub)
+        if path is not None:
+            return read_tensors(path, device), path
+    where = os.path.join(os.fspath(source), subfolder or "")
+    raise ValueError(f"Can't find weights for {where}: neither {SAFE_NAME} nor {BIN_NAME} is there")
+
+
+def only(tensors: dict[str, Tensor], model: Any, adapter: str) -> dict[str, Tensor]:
+    """From a full state dict (gathered from shards, say) the tensors of one adapter, under their file keys."""
+    from . import hub
+
+    wanted = hub.tensors_of(model, adapter)
+    cleaned = {_clean(k, adapter): t for k, t in tensors.items()}
+    missing = [k for k in wanted if k not in cleaned]
+    if missing:
+        raise AdapterError(f"the state dict given to save has no {missing[0]} ({len(missing)} tensors are missing)")
+    return {k: cleaned[k] for k in wanted}
+
+
+def get_peft_model_state_dict(
+    model: Any, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default",
+    unwrap_compiled: bool = False, save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:  # fmt: skip
+    """File key -> tensor of one adapter, of a PeftModel or of a model that inject_adapter_in_model changed."""
+    from . import hub
+    from .model import PeftModel
+
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PeftModel):
+        out = hub.tensors_of(model, adapter_name) if state_dict is None else only(state_dict, model, adapter_name)
+        out.update(hub._embeddings(model, adapter_name, save_embedding_layers))
+        return out
+    return collect(tuner_of(model), adapter_name, prefix="")
+
+
+def set_peft_model_state_dict(
+    model: Any, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False, low_cpu_mem_usage: bool = False,
+) -> LoadReport:  # fmt: skip
+    """Put tensors under their file keys into an adapter; the report names what is missing or unexpected."""
+    from . import hub
+    from .model import PeftModel
+
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, PeftModel):
+        report = hub.put(model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    else:
+        report = put(
+            tuner_of(model), adapter_name, peft_model_state_dict, "", ignore_mismatched_sizes=ignore_mismatched_sizes
+        )
+    if report.mismatched_keys and not ignore_mismatched_sizes:
+        raise LoadError(f"tensors of adapter {adapter_name!r} do not fit:\n{report.text()}")
+    return report
+
+
+def tuner_of(model: nn.Module) -> Tuner:
+    """The Tuner behind a model that inject_adapter_in_model changed."""
+    from .tuner import Tuner
+
+    if isinstance(model, Tuner):
+        return model
+    found = model.__dict__.get("_veneer_tuner")
+    if found is None:
+        raise AdapterError(f"{type(model).__name__} holds no adapters; call inject_adapter_in_model or get_peft_model first")
+    return found[0]
+
+
+def inject_adapter_in_model(
+    peft_config: Any, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
+) -> nn.Module:  # fmt: skip
+    """Adapt a model's layers in place and return the model itself, not a PeftModel.
+
+    state_dict: adapt exactly the layers that a saved adapter holds. Raises ValueError for prompt methods, which act
+    on the whole model.
+    """
+    from .config import PromptLearningConfig
+    from .tuner import Tuner
+
+    if isinstance(peft_config, PromptLearningConfig):
+        raise ValueError("`create_and_replace` does not support prompt learning and adaption prompt yet.")
+    if state_dict is not None:
+        peft_config = _only_saved(peft_config, state_dict)
+    held = model.__dict__.get("_veneer_tuner")
+    if held is not None:
+        held[0].add_adapter(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
+        held[0].set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+    else:
+        tuner = Tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        model.__dict__["_veneer_tuner"] = (tuner,)  # a tuple: not registered as a child, which would be a cycle
+        model.__dict__["peft_config"] = tuner.peft_config
+    return model
+
+
+def _only_saved(config: Any, state_dict: dict[str, Tensor]) -> Any:
+    import copy
+
+    from .registry import method_of
+
+    prefix = method_of(config).prefix
+    named = {k.partition(f".{prefix}")[0].removeprefix("base_model.model.") for k in state_dict if f".{prefix}" in k}
+    if not named:
+        raise AdapterError(f"state_dict holds no key of a {config.peft_type} adapter ('.{prefix}...')")
+    out = copy.copy(config)
+    out.target_modules = named
+    return out

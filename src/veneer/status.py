@@ -1,0 +1,118 @@
+"""What is adapted, active, merged and trainable, read off a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .layer import Adapted
+
+Flag = bool | Literal["irregular"]
+
+
+@dataclass
+class LayerStatus:
+    """One adapted layer. requires_grad and devices: per adapter."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, Flag]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None = None
+
+
+@dataclass
+class ModelStatus:
+    """The whole model; "irregular" where its layers disagree."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: Flag
+    active_adapters: list[str] | Literal["irregular"]
+    merged_adapters: list[str] | Literal["irregular"]
+    requires_grad: dict[str, Flag]
+    available_adapters: list[str]
+    devices: dict[str, list[str]] = field(default_factory=dict)
+    quantization_backend: str | None = None
+
+
+def _agree(values: Iterable[Any], default: Any = False) -> Any:
+    seen = list(values)
+    if not seen:
+        return default
+    return seen[0] if all(v == seen[0] for v in seen) else "irregular"
+
+
+def _tensors(layer: Adapted, adapter: str) -> list[torch.Tensor]:
+    return [getattr(h, leaf) for h, leaf in layer.entries[adapter].where.values()]
+
+
+def _root(model: Any) -> nn.Module:
+    from .tuner import Tuner
+
+    base = getattr(model, "base_model", model)
+    if isinstance(base, Tuner):
+        return base.model
+    if not any(isinstance(m, Adapted) for m in model.modules()):
+        raise TypeError(f"{type(model).__name__} has no adapter layers: status is for models with adapters on their layers")
+    return model
+
+
+def layer_status(model: Any) -> list[LayerStatus]:
+    """One LayerStatus for each adapted layer. Raises TypeError for a model without any."""
+    out = []
+    for name, layer in _root(model).named_modules():
+        if not isinstance(layer, Adapted):
+            continue
+        kinds = sorted({e.method.name.lower() for e in layer.entries.values()})
+        out.append(
+            LayerStatus(
+                name=name,
+                module_type=f"{'+'.join(kinds)}.{type(layer.base_layer).__name__}",
+                enabled=layer.enabled,
+                active_adapters=layer.active_adapters,
+                merged_adapters=list(layer.merged_adapters),
+                requires_grad={n: _agree(p.requires_grad for p in layer.parameters_of(n)) for n in sorted(layer.entries)},
+                available_adapters=sorted(layer.entries),
+                devices={n: sorted({t.device.type for t in _tensors(layer, n)}) for n in layer.entries},
+            )
+        )
+    if not out:
+        raise TypeError("No adapter layers found in the model, please ensure that it's a PEFT model.")
+    return out
+
+
+def model_status(model: Any) -> ModelStatus:
+    """The layers' status put together."""
+    layers = layer_status(model)
+    configs = getattr(model, "peft_config", {})
+    base = getattr(model, "base_model", None)
+    inner = _root(model)
+    names = sorted({a for s in layers for a in s.available_adapters})
+    params = list(model.parameters())
+    return ModelStatus(
+        base_model_type=type(inner).__name__,
+        adapter_model_type=type(base).__name__ if base is not None and base is not inner else "None",
+        peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
+        trainable_params=sum(p.numel() for p in params if p.requires_grad),
+        total_params=sum(p.numel() for p in params),
+        num_adapter_layers=len(layers),
+        enabled=_agree(s.enabled for s in layers),
+        active_adapters=_agree((s.active_adapters for s in layers), []),
+        merged_adapters=_agree((s.merged_adapters for s in layers), []),
+        requires_grad={n: _agree(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},
+        available_adapters=names,
+        devices={n: sorted({d for s in layers for d in s.devices.get(n, [])}) for n in names},
+    )

@@ -1,0 +1,155 @@
+"""Where adapters' tensors live: containers on the layer, one entry an adapter, named as users and files know them
+(`layer.lora_A["default"].weight`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kinds import Spec
+from .site import Site
+
+
+class BufferDict(nn.Module):
+    """A dict of buffers, as nn.ParameterDict is one of parameters."""
+
+    def __init__(self, buffers: Mapping[str, Tensor] | None = None, persistent: bool = False):
+        super().__init__()
+        self.persistent = persistent
+        if buffers is not None:
+            self.update(buffers)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._buffers[key]  # type: ignore[return-value]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self._buffers.pop(key, None)
+        self.register_buffer(key, value, persistent=self.persistent)
+
+    def __delitem__(self, key: str) -> None:
+        del self._buffers[key]
+        self._non_persistent_buffers_set.discard(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def keys(self) -> Any:
+        return self._buffers.keys()
+
+    def values(self) -> Any:
+        return self._buffers.values()
+
+    def items(self) -> Any:
+        return self._buffers.items()
+
+    def pop(self, key: str) -> Tensor:
+        out = self[key]
+        del self[key]
+        return out
+
+    def clear(self) -> None:
+        for key in list(self._buffers):
+            del self[key]
+
+    def update(self, buffers: Mapping[str, Tensor]) -> None:
+        for key, value in buffers.items():
+            self[key] = value
+
+    def extra_repr(self) -> str:
+        return "\n".join(f"({k}): {v.dtype} {tuple(v.shape)}" for k, v in self.items())
+
+
+class Slot(nn.Module):
+    """Holds the tensors of one adapter under one name."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={tuple(p.shape)}" for k, p in self._parameters.items() if p is not None)
+
+
+def _bare(cls: type[nn.Module]) -> Any:
+    """A module of this class without its constructor's random draws."""
+    made = object.__new__(cls)
+    nn.Module.__init__(made)
+    return made
+
+
+def _linear(shape: tuple[int, ...], _: Site) -> nn.Module:
+    m = _bare(nn.Linear)
+    m.out_features, m.in_features = shape
+    m.register_parameter("bias", None)
+    return m
+
+
+def _conv(shape: tuple[int, ...], site: Site, down: bool) -> nn.Module:
+    base: Any = site.module
+    n = len(site.kernel)
+    m = _bare(type(base) if type(base) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1])
+    keys = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
+    for key in keys:
+        setattr(m, key, getattr(base, key))
+    if not down:
+        m.kernel_size = m.stride = m.dilation = (1,) * n
+        m.padding, m.padding_mode, m._reversed_padding_repeated_twice = (0,) * n, "zeros", [0] * (2 * n)
+    m.groups = (site.inp if down else site.inp // max(site.groups, 1)) // shape[1] if down else site.groups
+    m.in_channels, m.out_channels = (site.inp, shape[0]) if down else (shape[1] * site.groups, shape[0])
+    m.transposed, m.output_padding = False, (0,) * n
+    m.register_parameter("bias", None)
+    return m
+
+
+def make_slot(spec: Spec, site: Site) -> nn.Module:
+    if spec.like == "linear" and len(spec.shape) == 2:
+        return _linear(spec.shape, site)
+    if spec.like in ("conv-down", "conv-up"):
+        return _conv(spec.shape, site, spec.like == "conv-down")
+    return Slot()
+
+
+def place(owner: nn.Module, storage: str, adapter: str, spec: Spec, value: Tensor, site: Site) -> None:
+    """Put a tensor into owner's container for `storage` ("lora_A.weight" or "vera_lambda_b")."""
+    head, _, leaf = storage.partition(".")
+    tensor: Any = nn.Parameter(value, requires_grad=False) if spec.train else value
+    if not leaf:
+        box = owner._modules.get(head)
+        if box is None:
+            box = nn.ParameterDict() if spec.train else BufferDict()
+            owner.add_module(head, box)
+        box[adapter] = tensor  # type: ignore[index]
+        return
+    boxes = owner._modules.get(head)
+    if boxes is None:
+        boxes = nn.ModuleDict()
+        owner.add_module(head, boxes)
+    if adapter not in boxes:  # type: ignore[operator]
+        boxes[adapter] = make_slot(spec, site)  # type: ignore[index]
+    slot = boxes[adapter]  # type: ignore[index]
+    if spec.train:
+        slot.register_parameter(leaf, tensor)
+    else:
+        slot.register_buffer(leaf, tensor, persistent=False)
+
+
+def holder_of(owner: nn.Module, storage: str, adapter: str) -> tuple[Any, str]:
+    """(module, attribute) such that getattr(module, attribute) is the tensor."""
+    head, _, leaf = storage.partition(".")
+    box: Any = owner._modules[head]
+    return (box[adapter], leaf) if leaf else (box, adapter)
+
+
+def remove(owner: nn.Module, storage: str, adapter: str) -> None:
+    box: Any = owner._modules.get(storage.partition(".")[0])
+    if box is not None and adapter in box:
+        del box[adapter]
+
+
+def empty(spec: Spec, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    return torch.empty(spec.shape, device=device, dtype=spec.dtype or dtype)

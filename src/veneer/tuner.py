@@ -1,0 +1,280 @@
+"""Tuner: a base model whose layers are adapted, and every operation over its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import inject as injection
+from . import registry, storage
+from .config import PeftConfig
+from .context import Host
+from .errors import AdapterError
+from .layer import Adapted, attribute
+from .replace import SavedModule
+from .site import Site
+
+
+class Tuner(nn.Module):
+    """`model`: the base, changed in place. `peft_config`: adapter name -> config. `host`: what is active.
+
+    Keys in state dicts and files begin with the tuner's own place ("base_model.") and "model.".
+    """
+
+    def __init__(
+        self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str = "default", *,
+        low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None, autocast_adapter_dtype: bool = True,
+        fill: bool = True,
+    ):  # fmt: skip
+        super().__init__()
+        self.model = model
+        self.host = Host()
+        self.peft_config: dict[str, Any] = {}
+        self.shared: dict[str, dict[str, Any]] = {}
+        self.targeted: dict[str, list[str]] = {}
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self._merged_for_good = False
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        for name, cfg in configs.items():
+            self.add_adapter(name, cfg, low_cpu_mem_usage=low_cpu_mem_usage, fill=fill)
+        self.set_adapter(next(iter(configs)), inference_mode=next(iter(configs.values())).inference_mode)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "_modules" not in self.__dict__ or "model" not in self._modules:
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    @property
+    def model_type(self) -> str | None:
+        config = getattr(self.model, "config", None)
+        if isinstance(config, dict):
+            return config.get("model_type")
+        return getattr(config, "model_type", None)
+
+    def adapter_dtype(self, site: Site) -> torch.dtype:
+        """float32 masters over a half precision base unless autocast_adapter_dtype is off; else the base's dtype."""
+        if not site.dtype.is_floating_point:
+            return torch.get_default_dtype()
+        if self.autocast_adapter_dtype and site.dtype in (torch.float16, torch.bfloat16):
+            return torch.float32
+        return torch.get_default_dtype() if site.dtype.itemsize < 2 else site.dtype
+
+    # -- walking ---------------------------------------------------------------------------------------
+    def layers(self) -> Iterator[tuple[str, Adapted]]:
+        return ((n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted))
+
+    def saved_modules(self) -> Iterator[tuple[str, SavedModule]]:
+        return ((n, m) for n, m in self.model.named_modules() if isinstance(m, SavedModule))
+
+    def wrappers(self) -> Iterator[tuple[str, Any]]:
+        """Every module that the engine put in place of another."""
+        return ((n, m) for n, m in self.model.named_modules() if getattr(m, "is_adapter_wrapper", False))
+
+    # -- adapters --------------------------------------------------------------------------------------
+    def add_adapter(self, name: str, cfg: Any, *, low_cpu_mem_usage: bool = False, fill: bool = True) -> None:
+        """Inject an adapter. It is not active before set_adapter, except where it is the first."""
+        self.check_new(name, cfg)
+        first = not self.peft_config
+        self.peft_config[name] = cfg
+        if first:
+            for p in self.model.parameters():
+                p.requires_grad_(False)
+        try:
+            self.targeted[name] = injection.inject(self, name, cfg, meta=low_cpu_mem_usage, fill=fill)
+            injection.save_whole(self.model, self.host, name, cfg, meta=low_cpu_mem_usage)
+        except Exception:
+            self.peft_config.pop(name)
+            for _, m in list(self.wrappers()):
+                m.delete_adapter(name)
+            raise
+        if not self.host.active:
+            self.host.activate((name,))
+        self.host.version += 1
+        if not cfg.inference_mode:
+            self.train_biases(name, cfg)
+        self.require_grad(name, name in self.host.active and not cfg.inference_mode)
+
+    def check_new(self, name: str, cfg: Any) -> None:
+        if not isinstance(name, str) or not name or "." in name:
+            raise AdapterError(f"adapter name {name!r}: use a non-empty name without dots; it becomes part of tensor names")
+        if name in self.peft_config:
+            raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
+        method = registry.method_of(cfg)
+        for other in self.peft_config.values():
+            if not self.mixes and registry.method_of(other).prefix != method.prefix:
+                raise ValueError(
+                    f"this model has {other.peft_type} adapters and cannot take {cfg.peft_type} beside them; "
+                    "use get_peft_model(..., mixed=True)"
+                )
+        biased = [n for n, c in {**self.peft_config, name: cfg}.items() if getattr(c, "bias", "none") != "none"]
+        if len(biased) > 1:
+            raise ValueError(
+                f"{type(self).__name__} supports only 1 adapter with bias. When using multiple adapters, set bias to "
+                f"'none' for all adapters (now set: {', '.join(biased)})"
+            )
+
+    mixes = False
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter and its tensors; the first of those left becomes active where none is."""
+        self.known(adapter_name)
+        for _, m in list(self.wrappers()):
+            m.delete_adapter(adapter_name)
+        for key in self.shared.pop(adapter_name, {}):
+            storage.remove(self, key, adapter_name)
+        del self.peft_config[adapter_name]
+        self.targeted.pop(adapter_name, None)
+        left = tuple(n for n in self.host.active if n != adapter_name)
+        self.host.activate(left)
+        if not left and self.peft_config:
+            self.set_adapter(next(iter(self.peft_config)))
+
+    def known(self, names: str | Iterable[str]) -> list[str]:
+        """The names as a list; ValueError for one that is not an adapter of this model."""
+        listed = [names] if isinstance(names, str) else list(names)
+        for n in listed:
+            if n not in self.peft_config:
+                have = ", ".join(map(repr, self.peft_config)) or "none"
+                raise ValueError(f"Adapter {n!r} not found; this model has: {have}")
+        return listed
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.host.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.host.active[0] if len(self.host.active) == 1 else list(self.host.active)
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate adapters and make exactly their tensors trainable (none in inference mode)."""
+        names = self.known(adapter_name)
+        for _, m in self.wrappers():
+            m.own_active = None
+        self.host.activate(names)
+        for n in self.peft_config:
+            self.require_grad(n, n in names and not inference_mode)
+
+    def require_grad(self, adapter: str, on: bool) -> None:
+        for _, m in self.wrappers():
+            if isinstance(m, SavedModule) or adapter in getattr(m, "entries", ()):
+                m.require_grad(adapter, on)
+        for key, spec in self.shared.get(adapter, {}).items():
+            if spec.train:
+                holder, leaf = storage.holder_of(self, key, adapter)
+                getattr(holder, leaf).requires_grad_(on)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for n in self.known(adapter_names):
+            self.require_grad(n, requires_grad)
+
+    def train_biases(self, name: str, cfg: Any) -> None:
+        """bias="all": every bias of the base is trained; "<method>_only": those of the adapted layers."""
+        mode = getattr(cfg, "bias", "none")
+        if mode in (None, "none"):
+            return
+        if mode == "all":
+            for key, p in self.model.named_parameters():
+                if key.rpartition(".")[2] == "bias" and "lora_" not in key:
+                    p.requires_grad_(True)
+        elif str(mode).endswith("_only"):
+            for _, layer in self.layers():
+                b = layer.bias
+                if name in layer.entries and b is not None:
+                    b.requires_grad_(True)
+        else:
+            raise NotImplementedError(f"Requested bias: {mode}, is not implemented; use 'none', 'all' or '<method>_only'")
+
+    def enable_adapter_layers(self) -> None:
+        self.host.enable(True)
+        for _, m in self.wrappers():
+            m.own_enabled = True
+
+    def disable_adapter_layers(self) -> None:
+        self.host.enable(False)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        before = self.host.enabled
+        self.host.enable(False)
+        try:
+            yield
+        finally:
+            self.host.enable(before)
+
+    # -- merging ----------------------------------------------------------------------------------------
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
+        """Put adapters into the base's weights; `unmerge_adapter` restores them bit for bit."""
+        names = None if adapter_names is None else self.known(adapter_names)
+        done: list[Adapted] = []
+        try:
+            for _, layer in self.layers():
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
+                done.append(layer)
+        except Exception:
+            for layer in done:
+                layer.unmerge()
+            raise
+
+    def unmerge_adapter(self) -> None:
+        for _, layer in self.layers():
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters in its weights and no trace of veneer."""
+        self.merge_adapter(adapter_names, safe_merge=safe_merge)
+        return self._unwrapped(lambda layer: layer.base_layer, self.known(adapter_names) if adapter_names else None)
+
+    def unload(self) -> nn.Module:
+        """The base model as it was, without the adapters."""
+        self.unmerge_adapter()
+        return self._unwrapped(lambda layer: layer.base_layer, [])
+
+    def _unwrapped(self, base_of: Callable[[Adapted], nn.Module], saved: Sequence[str] | None) -> nn.Module:
+        self._untie()
+        for name, m in list(self.wrappers()):
+            if isinstance(m, Adapted):
+                new: nn.Module = base_of(m)
+            else:
+                new = m.unwrapped(saved)
+            path, _, leaf = name.rpartition(".")
+            parent = self.model.get_submodule(path) if path else self.model
+            setattr(parent, leaf, new)
+        return self.model
+
+    def _untie(self) -> None:
+        """A merged embedding is no longer its head's: the model's config must not tie them again on loading."""
+        config: Any = getattr(self.model, "config", None)
+        if config is None or not getattr(config, "tie_word_embeddings", False):
+            return
+        get_in, get_out = getattr(self.model, "get_input_embeddings", None), getattr(self.model, "get_output_embeddings", None)
+        if get_in is None or get_out is None:
+            return
+        first, second = get_in(), get_out()
+        if first is not None and second is not None and first.weight is not second.weight:
+            config.tie_word_embeddings = False
+
+    # -- names ---------------------------------------------------------------------------------------------
+    def tensor_names(self, adapter: str) -> Iterator[tuple[str, str, Any, Any, str]]:
+        """(layer path, file key, Spec, holder, attribute) of every declared tensor of an adapter; the path of a
+        shared tensor is empty."""
+        for path, layer in self.layers():
+            entry = layer.entries.get(adapter)
+            if entry is None:
+                continue
+            for key, spec in entry.specs.items():
+                yield (path, spec.file or key, spec, *entry.where[attribute(key)])
+        for key, spec in self.shared.get(adapter, {}).items():
+            yield ("", spec.file or key, spec, *storage.holder_of(self, key, adapter))
