@@ -157,6 +157,18 @@ class LowRank(Additive):
         B, A = self.factors(p)
         return p.site.up(p.site.down(x, A), B * p.scaling)
 
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        if type(self).side is not LowRank.side:
+            return super().forward(ps, x, base, args, kwargs)
+        y = base(x, *args, **kwargs)
+        for p in ps:
+            B, A = self.factors(p)
+            y = p.site.accumulate(y, p.site.down(p.drop(x), A), B, p.scaling)
+            d = self.bias_delta(p)
+            if d is not None:
+                y = y + p.site.per_feature(d).to(y.dtype)
+        return y
+
     def delta(self, p: View) -> Tensor:
         B, A = self.factors(p)
         return p.site.compose(B, A) * p.scaling

@@ -97,6 +97,10 @@ class Site(ABC):
     def up(self, h: Tensor, B: Tensor) -> Tensor:
         return F.linear(h, B)
 
+    def accumulate(self, y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+        """y + scaling * up(h, B)"""
+        return y + self.up(h, B * scaling).to(y.dtype)
+
     def compose(self, B: Tensor, A: Tensor) -> Tensor:
         """The weight of `up(down(x))`."""
         return B @ A
@@ -118,8 +122,19 @@ class Site(ABC):
         return v
 
 
+def _accumulate(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """One product that adds onto y, without a full-size tensor for the change."""
+    if y.dtype != h.dtype or h.dtype != B.dtype:
+        return y + (F.linear(h, B) * scaling).to(y.dtype)
+    flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT, alpha=scaling)
+    return flat.reshape(y.shape)
+
+
 class LinearSite(Site):
     kind = "linear"
+
+    def accumulate(self, y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+        return _accumulate(y, h, B, scaling)
 
     def size(self) -> tuple[int, int]:
         return self.stored.shape[0], self.stored.shape[1]
@@ -132,6 +147,9 @@ class Conv1DSite(Site):
     """transformers' Conv1D: a Linear whose weight is stored (inp, out)."""
 
     kind = "linear"
+
+    def accumulate(self, y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+        return _accumulate(y, h, B, scaling)
 
     def size(self) -> tuple[int, int]:
         return self.stored.shape[1], self.stored.shape[0]
