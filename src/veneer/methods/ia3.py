@@ -1,0 +1,106 @@
+"""IA3: a trained factor for each feature. Liu et al. 2022, arXiv:2205.05638, section 3.3.
+
+    y = l * (W x + b)          a feed-forward module:   y = W (l * x) + b
+
+    ia3_l (out, 1), on a convolution (1, out, 1, ...); feed-forward (1, inp), (1, inp, 1, ...); starts at one
+
+Merges. Beyond peft: one-dimensional convolutions, and an embedding's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig, veneer_field
+from ..defaults import default_targets
+from ..errors import AdapterError
+from ..kinds import Gate, Spec
+from ..layer import View
+from ..patterns import suffix_or_pattern
+from ..site import Site
+
+
+@dataclass
+class IA3Config(AdapterConfig):
+    """feedforward_modules: those of target_modules that are scaled at their input; the rest at their output.
+
+    Names or a regex, as target_modules. init_ia3_weights: False draws the factors at random, for tests.
+    """
+
+    feedforward_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+    layers_to_transform: list[int] | int | None = veneer_field()  # noqa: RUF009
+    layers_pattern: list[str] | str | None = veneer_field()  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "IA3"
+        if isinstance(self.feedforward_modules, list | tuple):
+            self.feedforward_modules = set(self.feedforward_modules)  # type: ignore[assignment]
+        targets, feedforward = self.target_modules, self.feedforward_modules
+        if isinstance(targets, set) and isinstance(feedforward, set) and not feedforward <= targets:
+            extra = ", ".join(sorted(feedforward - targets))
+            raise ValueError(
+                "`feedforward_modules` should be a subset of `target_modules`; not among the targets: "
+                + extra
+            )
+
+
+def is_feedforward(cfg: IA3Config, site: Site) -> bool:
+    """Whether this layer is scaled at its input."""
+    wanted = cfg.feedforward_modules
+    patterns = wanted if wanted is None or isinstance(wanted, str) else tuple(wanted)
+    return suffix_or_pattern(patterns, "feedforward_modules")(site.name)
+
+
+class IA3(Gate):
+    Config = IA3Config
+    sites = frozenset({"linear", "conv", "embedding"})
+    prefix = "ia3_"
+    defaults = "ia3"
+
+    def prepare(self, cfg: Any, model: torch.nn.Module, model_type: str | None) -> None:
+        by_architecture = cfg.target_modules is None
+        super().prepare(cfg, model, model_type)
+        if cfg.feedforward_modules is None:
+            if not by_architecture:
+                raise ValueError(
+                    "Please specify `feedforward_modules` in `peft_config`: those of target_modules that are "
+                    "scaled at their input, [] for none"
+                )
+            found = default_targets(model, model_type, "ia3_feedforward")
+            cfg.feedforward_modules = found if isinstance(found, str) else set(found)
+
+    def check(self, cfg: Any, site: Site) -> None:
+        if site.kind == "embedding" and is_feedforward(cfg, site):
+            raise AdapterError(
+                f"{site!r} is an embedding, its input is a token id; take it out of feedforward_modules"
+            )
+
+    def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
+        inside = is_feedforward(cfg, site)
+        n = site.inp if inside else site.out
+        if site.kernel:
+            return {"ia3_l": Spec((1, n, *(1 for _ in site.kernel)))}
+        return {"ia3_l": Spec((1, n) if inside else (n, 1))}
+
+    def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
+        l = p.ia3_l
+        p.fill("ia3_l", torch.ones_like(l) if cfg.init_ia3_weights else torch.randn_like(l))
+        return None
+
+    def gates(self, p: View) -> tuple[bool, bool]:
+        inside = is_feedforward(p.cfg, p.site)
+        return inside, not inside
+
+    def pre(self, p: View, x: Tensor) -> Tensor:
+        return x * p.ia3_l.flatten()
+
+    def post(self, p: View, y: Tensor) -> Tensor:
+        return y * p.ia3_l.flatten()
