@@ -1,0 +1,253 @@
+"""One training run: check, read, load, measure, train, measure again, write."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.train import fields
+from veneer.train.bases import BaseRef, load_base, load_config, load_tokenizer, quiet, resolve_base, safe_pad
+from veneer.train.data import load_tables
+from veneer.train.errors import DataError
+from veneer.train.recipe import Recipe, check_recipe
+from veneer.train.result import RunResult, Sample, describe_machine, whole_folder, write_result
+from veneer.train.tasks import Outcome, Plan, get_task
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import TrainerCallback, TrainingArguments
+
+    from veneer.train.trainer import TaskTrainer
+
+__all__ = ["RunResult", "Sample", "run"]
+
+
+@dataclass
+class _Parts:
+    """What a run works with once its inputs are read and before its weights are."""
+
+    ref: BaseRef
+    plan: Plan
+    config: Any
+    args: TrainingArguments
+    notes: list[str]
+
+
+def run(
+    recipe: Recipe,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    console: Console | None = None,
+) -> RunResult:
+    """Train an adapter as the recipe says and write `recipe.out` whole, or not at all.
+
+    The folder gets `adapter/` (adapter and tokenizer), `log.jsonl`, `result.json`, `recipe.yaml`, and
+    `merged/` where `recipe.merge` is set.
+
+    Args:
+        callbacks: transformers callbacks; a log line carries tokens_per_second, peak_memory_mb and eta.
+        console: where notes are printed, if anywhere.
+
+    Raises:
+        RecipeError: (DataError, BaseModelError) before any weight is loaded, wherever that can be told.
+    """
+    check_recipe(recipe)
+    out = Path(recipe.out).absolute()
+    with whole_folder(out) as folder:
+        parts = _prepare(recipe, folder)
+        for note in parts.notes:
+            _say(console, note)
+        result = _train(recipe, parts, callbacks, console, folder, out)
+        write_result(result, folder)
+    return result
+
+
+def _say(console: Console | None, text: str) -> None:
+    if console is not None:
+        console.print(text, markup=False, highlight=False)
+
+
+def _prepare(recipe: Recipe, folder: Path) -> _Parts:
+    """Everything that can fail without weights, in the order in which it is cheap to find out."""
+    from veneer.train.trainer import log_every, training_arguments
+
+    task = get_task(recipe.task)
+    args = training_arguments(recipe, str(folder / "checkpoints"))
+    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
+    if "logging_steps" not in recipe.train:
+        args.logging_steps = log_every(args, len(train))
+    ref = resolve_base(recipe.base)
+    config, tokenizer = load_config(ref), load_tokenizer(ref, task.whole_words)
+    plan = task.plan(recipe, train, test, tokenizer, config)
+    if args.eval_strategy != "no" and plan.test is None:
+        hint = "Set `data.test`, `data.validation` or `data.split`."
+        raise recipe.error("train", "eval_strategy", problem="there are no test rows", hint=hint)
+    _check_vocabulary(plan, config, ref)
+    notes = list(plan.notes)
+    if plan.test is None:
+        notes.append("No test rows: nothing is measured. Set `data.test` or `data.split`.")
+    return _Parts(ref, plan, config, args, notes)
+
+
+def _check_vocabulary(plan: Plan, config: Any, ref: BaseRef) -> None:
+    size = config.get_text_config().vocab_size
+    highest = max(max(row) for row in plan.train["input_ids"])
+    if highest >= size:
+        problem = f"token {highest} is outside the {size} rows of {ref.name}'s embedding"
+        raise DataError(problem, hint="The tokenizer and the model do not belong together.")
+
+
+def _train(
+    recipe: Recipe,
+    parts: _Parts,
+    callbacks: Sequence[TrainerCallback],
+    console: Console | None,
+    folder: Path,
+    out: Path,
+) -> RunResult:
+    import transformers
+
+    from veneer import get_peft_model
+
+    task, plan, args = get_task(recipe.task), parts.plan, parts.args
+    transformers.set_seed(recipe.seed)
+    names = None if plan.label_names is None else dict(enumerate(plan.label_names))
+    model, tokenizer = load_base(parts.ref, recipe.task, id2label=names)
+    _pad(model, tokenizer, parts, console)
+    model.to(args.device)
+    before = _measure(recipe, model, tokenizer, plan, console, "the base model")
+    transformers.set_seed(recipe.seed)
+    config = _adapter_config(recipe, model, parts.ref)
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise recipe.error("adapter", problem=str(error)) from error
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    _say(console, f"Training {trainable:,} of {total:,} parameters on {len(plan.train)} rows.")
+    trainer = _trainer(task, model, tokenizer, plan, args, callbacks)
+    start = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - start
+    after = _measure(recipe, model, tokenizer, plan, console, "the tuned model")
+    _save_adapter(model, tokenizer, plan, folder)
+    return RunResult(
+        out=str(out),
+        task=recipe.task,
+        recipe=recipe,
+        history=[row for row in trainer.state.log_history if "loss" in row],
+        before=before.metrics,
+        after=after.metrics,
+        samples=_samples(recipe, plan, before, after),
+        train_seconds=seconds,
+        train_tokens=trainer.tokens,
+        trainable_params=trainable,
+        total_params=total,
+        adapter_dir=str(out / "adapter"),
+        merged_dir=str(out / "merged") if _merge(recipe, model, tokenizer, folder, parts, console) else None,
+        machine=describe_machine(args.device),
+        notes=parts.notes,
+    )
+
+
+def _pad(model: Any, tokenizer: Any, parts: _Parts, console: Console | None) -> None:
+    generation = getattr(model, "generation_config", None)  # a model without a decoder has none
+    own = None if generation is None else generation.eos_token_id
+    stops = {*parts.plan.stop_ids, *(own if isinstance(own, list) else [own])}
+    note = safe_pad(tokenizer, {token for token in stops if token is not None})
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if generation is not None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    if note is not None:
+        parts.notes.append(note)
+        _say(console, note)
+
+
+def _measure(
+    recipe: Recipe, model: Any, tokenizer: Any, plan: Plan, console: Console | None, what: str
+) -> Outcome:
+    if plan.test is None:
+        return Outcome({}, [], [])
+    _say(console, f"Measuring {what} on {len(plan.test)} test rows.")
+    return get_task(recipe.task).evaluate(model, tokenizer, plan, recipe)
+
+
+def _adapter_config(recipe: Recipe, model: Any, ref: BaseRef) -> Any:
+    """The adapter's config; a head that the base did not hold is trained and saved with it."""
+    cls = fields.config_class(recipe.adapter.method)
+    assert cls is not None  # check_recipe has seen it
+    config = cls(**recipe.adapter.options, task_type=get_task(recipe.task).task_type)
+    config.base_model_name_or_path, config.revision = ref.name, ref.revision
+    if model.fresh_modules and "modules_to_save" in {field.name for field in dataclasses.fields(cls)}:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *model.fresh_modules})
+    if recipe.merge and config.is_prompt_learning:
+        problem = f"{recipe.adapter.method} adds virtual tokens and cannot be merged into the weights"
+        raise recipe.error("merge", problem=problem, hint="Set `merge: false`.")
+    return config
+
+
+def _trainer(
+    task: Any, model: Any, tokenizer: Any, plan: Plan, args: Any, callbacks: Sequence[TrainerCallback]
+) -> TaskTrainer:
+    from veneer.train.collate import Collator
+    from veneer.train.trainer import TaskTrainer
+
+    return TaskTrainer(
+        task=task,
+        model=model,
+        args=args,
+        train_dataset=plan.train,
+        eval_dataset=plan.test,
+        processing_class=tokenizer,
+        data_collator=Collator(tokenizer.pad_token_id, multiple_of=1 if args.device.type == "cpu" else 8),
+        callbacks=list(callbacks),
+    )
+
+
+def _samples(recipe: Recipe, plan: Plan, before: Outcome, after: Outcome) -> list[Sample]:
+    return [
+        Sample(
+            prompt=prompt,
+            expected=expected,
+            base=before.outputs[row],
+            tuned=after.outputs[row],
+            base_ok=before.correct[row],
+            tuned_ok=after.correct[row],
+        )
+        for row, (prompt, expected) in enumerate(plan.examples[: recipe.eval.samples])
+    ]
+
+
+def _save_adapter(model: Any, tokenizer: Any, plan: Plan, folder: Path) -> None:
+    import json
+
+    model.save_pretrained(str(folder / "adapter"))
+    tokenizer.save_pretrained(str(folder / "adapter"))
+    if plan.label_names is not None:
+        labels = json.dumps(plan.label_names, ensure_ascii=False)
+        (folder / "adapter" / "labels.json").write_text(labels + "\n", encoding="utf-8")
+    checkpoints = folder / "checkpoints"
+    if checkpoints.is_dir() and not any(checkpoints.iterdir()):
+        checkpoints.rmdir()
+
+
+def _merge(
+    recipe: Recipe, model: Any, tokenizer: Any, folder: Path, parts: _Parts, console: Console | None
+) -> bool:
+    """Write `merged/` if asked for; a method without a merged form costs a note, not the trained adapter."""
+    if not recipe.merge:
+        return False
+    try:
+        merged = model.merge_and_unload()
+    except (NotImplementedError, ValueError) as error:
+        parts.notes.append(f"Not merged: {error}")
+        _say(console, parts.notes[-1])
+        return False
+    with quiet():
+        merged.save_pretrained(str(folder / "merged"))
+    tokenizer.save_pretrained(str(folder / "merged"))
+    return True

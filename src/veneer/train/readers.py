@@ -1,0 +1,222 @@
+"""Data files to rows: each reader gives the rows and the line each one begins on, or says where it failed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from veneer.train.errors import DataError
+
+__all__ = ["FORMATS", "head", "read_conll", "read_rows", "rows_with_lines"]
+
+#: file name ending -> format
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".conll": "conll",
+    ".bio": "conll",
+    ".iob": "conll",
+    ".iob2": "conll",
+}
+
+Row = dict[str, Any]
+
+
+def rows_with_lines(
+    path: Path, fmt: str, tokens: int | None = None, labels: int | None = None
+) -> Iterator[tuple[int | None, Row]]:
+    """The rows of a file one after the other, each with its line (None where a format has no lines).
+
+    ``tokens`` and ``labels`` number the columns of a CoNLL file.
+
+    Raises:
+        DataError: with the file, the line or row, and the reason.
+    """
+    if fmt == "conll":
+        return read_conll(path, tokens, labels)
+    readers = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet}
+    return readers[fmt](path)
+
+
+def read_rows(
+    path: Path, fmt: str, tokens: int | None = None, labels: int | None = None
+) -> tuple[list[Row], list[int] | None]:
+    """All rows of a file and their lines.
+
+    Raises:
+        DataError: a malformed file, or one without a row.
+    """
+    lines: list[int] = []
+    rows: list[Row] = []
+    for line, row in rows_with_lines(path, fmt, tokens, labels):
+        rows.append(row)
+        if line is not None:
+            lines.append(line)
+    if not rows:
+        raise DataError("holds no rows", file=path, hint="Give a file with at least one row.")
+    return rows, lines or None
+
+
+def head(path: Path, fmt: str, tokens: int | None = None, labels: int | None = None) -> list[str]:
+    """The column names of a file, from its header or its first row."""
+    if fmt == "parquet":
+        import pyarrow.parquet
+
+        return list(_open_parquet(pyarrow.parquet.read_schema, path).names)
+    for _, row in rows_with_lines(path, fmt, tokens, labels):
+        return list(row)
+    raise DataError("holds no rows", file=path, hint="Give a file with at least one row.")
+
+
+def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    # split at \n alone: str.splitlines also cuts at characters that are legal inside a value
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            try:
+                yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise DataError(f"is not UTF-8 text: {error.reason}", file=path, line=number) from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
+    for number, text in _text_lines(path):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            problem = f"not valid JSON: {error.msg} at column {error.colno}"
+            raise DataError(problem, file=path, line=number, hint="Write one JSON object a line.") from None
+        if not isinstance(row, dict):
+            problem = f"expected a JSON object, found {type(row).__name__}"
+            raise DataError(problem, file=path, line=number, hint="Write one JSON object a line.")
+        yield number, row
+
+
+def _read_json(path: Path) -> Iterator[tuple[None, Row]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        hint = "One object a line is JSONL: set `data.format: jsonl`." if error.msg == "Extra data" else None
+        raise DataError(f"not valid JSON: {error.msg}", file=path, line=error.lineno, hint=hint) from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 text: {error.reason}", file=path) from None
+    if isinstance(data, dict):
+        lists = [value for value in data.values() if isinstance(value, list)]
+        if len(lists) != 1:
+            hint = "Write a list of objects, or an object with one list in it."
+            raise DataError(f"expected one list of rows, found {len(lists)}", file=path, hint=hint)
+        data = lists[0]
+    if not isinstance(data, list):
+        raise DataError(f"expected a list of objects, found {type(data).__name__}", file=path)
+    for number, row in enumerate(data, start=1):
+        if not isinstance(row, dict):
+            raise DataError(f"row {number}: expected an object, found {type(row).__name__}", file=path)
+        yield None, row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        names: list[str] | None = None
+        start = 1
+        try:
+            for cells in reader:
+                if names is None:
+                    names = cells
+                    _check_header(names, path)
+                elif cells:
+                    if len(cells) != len(names):
+                        problem = f"{len(cells)} values for {len(names)} columns"
+                        raise DataError(
+                            problem, file=path, line=start, hint="Quote values with commas in them."
+                        )
+                    yield start, dict(zip(names, cells))
+                start = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(f"not valid CSV: {error}", file=path, line=start) from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"is not UTF-8 text: {error.reason}", file=path, line=start) from None
+
+
+def _check_header(names: list[str], path: Path) -> None:
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise DataError(f"column {sorted(twice)[0]!r} is there twice", file=path, line=1)
+
+
+def _open_parquet(read: Any, path: Path) -> Any:
+    import pyarrow
+
+    try:
+        return read(path)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"not a Parquet file: {str(error).splitlines()[0]}", file=path) from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[None, Row]]:
+    import pyarrow.parquet
+
+    for batch in _open_parquet(pyarrow.parquet.ParquetFile, path).iter_batches():
+        for row in batch.to_pylist():
+            yield None, row
+
+
+def read_conll(path: Path, tokens: int | None = None, labels: int | None = None) -> Iterator[tuple[int, Row]]:
+    """The sentences of a CoNLL file: `token label` lines (tab or spaces), a blank line between sentences.
+
+    A line with a tab is cut at its tabs alone, so that its token may hold a space. ``tokens`` and ``labels``
+    are column numbers from 0, negative from the end; they must be given for more than two columns.
+    Yields the line a sentence begins on and `{"tokens": [...], "labels": [...]}`.
+    """
+    words: list[str] = []
+    tags: list[str] = []
+    width = start = 0
+    for number, text in _text_lines(path):
+        if not text.strip(" \t"):
+            if words:
+                yield start, {"tokens": words, "labels": tags}
+            words, tags = [], []
+            continue
+        cells = text.split("\t") if "\t" in text else re.split(" +", text.strip(" "))
+        if cells[0] == "-DOCSTART-":
+            continue
+        if not width:
+            width = len(cells)
+            _check_conll_columns(path, number, width, tokens, labels)
+        if len(cells) != width:
+            problem = f"{len(cells)} columns where the lines before have {width}"
+            raise DataError(problem, file=path, line=number, hint="Write `token label` on each line.")
+        word, tag = cells[0 if tokens is None else tokens], cells[-1 if labels is None else labels]
+        if not word.strip() or not tag.strip():
+            what = "token" if not word.strip() else "label"
+            raise DataError(f"empty {what}", file=path, line=number, hint="Write `token label` on each line.")
+        start = start if words else number
+        words.append(word)
+        tags.append(tag.strip())
+    if words:
+        yield start, {"tokens": words, "labels": tags}
+
+
+def _check_conll_columns(path: Path, line: int, width: int, tokens: int | None, labels: int | None) -> None:
+    if width < 2:
+        hint = "Write `token label` on each line, and a blank line between sentences."
+        raise DataError("one column, expected a token and a label", file=path, line=line, hint=hint)
+    if width > 2 and (tokens is None or labels is None):
+        hint = "Set `data.tokens: 0` and `data.labels: -1` (column numbers from 0; -1 is the last)."
+        raise DataError(
+            f"{width} columns: which hold the tokens and the labels?", file=path, line=line, hint=hint
+        )
+    for name, column in (("tokens", tokens), ("labels", labels)):
+        if column is not None and not -width <= column < width:
+            problem = f"`data.{name}` is column {column}, and the file has columns 0 to {width - 1}"
+            raise DataError(problem, file=path, line=line, key=f"data.{name}")

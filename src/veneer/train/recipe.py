@@ -1,0 +1,289 @@
+"""The recipe of a training run: what it holds, how it is read, and every check that needs no weights."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from veneer.train import fields
+from veneer.train.errors import DataError, RecipeError, nearest
+from veneer.train.yaml_source import SHORT, Source, apply_override, merge_flags, read_yaml
+
+__all__ = [
+    "AdapterSpec",
+    "BaseSpec",
+    "DataSpec",
+    "EvalSpec",
+    "Recipe",
+    "RecipeError",
+    "check_recipe",
+    "load_recipe",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
+
+
+class BaseSpec(_Section):
+    """The base model: a bundled name, a local folder, a .gguf file or a hub id."""
+
+    name: str
+    revision: str | None = None
+    gguf_file: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    trust_remote_code: bool = False
+
+
+class DataSpec(_Section):
+    """Where the rows are and which columns to read.
+
+    ``tokens`` and ``labels`` are column names, or column numbers from 0 (-1 is the last) in a CoNLL file.
+    ``split`` is the share of the training rows held out as the test set where no test file is given.
+    """
+
+    train: str
+    test: str | None = None
+    validation: str | None = None
+    format: Literal["jsonl", "json", "csv", "parquet", "conll"] | None = None
+    text: str | None = None
+    messages: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    tokens: str | int | None = None
+    labels: str | int | None = None
+    max_length: int = Field(default=1024, ge=2)
+    split: float | None = Field(default=None, gt=0.0, lt=1.0)
+    label_all_subwords: bool = False
+
+
+class AdapterSpec(_Section):
+    """The method by name, and any field of its config class beside it."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    method: str = "lora"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields for the method's config class."""
+        return dict(self.model_extra or {})
+
+
+class EvalSpec(_Section):
+    """What is measured on the test rows before and after training."""
+
+    generate: bool = True
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    metric: Literal["auto", "json", "exact", "entities", "accuracy"] = "auto"
+    batch_size: int = Field(default=32, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+    samples: int = Field(default=8, ge=0)
+
+
+class Recipe(_Section):
+    """One training run. ``out`` is a folder; it is written whole or not at all."""
+
+    task: str
+    base: BaseSpec
+    data: DataSpec
+    adapter: AdapterSpec = Field(default_factory=AdapterSpec)
+    train: dict[str, Any] = Field(default_factory=dict)
+    eval: EvalSpec = Field(default_factory=EvalSpec)
+    out: str = "out"
+    overwrite: bool = False
+    merge: bool = False
+    seed: int = Field(default=42, ge=0)
+
+    _source: Source = PrivateAttr(default_factory=Source)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        short = {name: {SHORT[name]: data[name]} for name in SHORT if isinstance(data.get(name), str)}
+        empty: dict[str, Any] = {
+            name: {} for name in ("adapter", "train", "eval") if name in data and data[name] is None
+        }
+        return {**data, **short, **empty}
+
+    def error(self, *path: str, problem: str, **more: Any) -> RecipeError:
+        """A RecipeError about one of this recipe's values, with its file and line."""
+        return self._source.error(path, problem, **more)
+
+    def dump(self) -> str:
+        """The recipe as YAML, defaults included: `load_recipe` reads it back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = (), **flags: Any) -> Recipe:
+    """Read a recipe, apply overrides and flags, and check all that can be checked without weights.
+
+    Args:
+        path: a YAML file, or None to build the recipe from ``flags`` alone.
+        overrides: `section.key=value` texts, applied after the file.
+        flags: values by name, applied last: `out="runs/a"`, `data__train="x.jsonl"`,
+            `adapter={"r": 8}`. None means "not given".
+
+    Raises:
+        RecipeError: with the file, the line and the nearest valid name.
+    """
+    data, source = ({}, Source()) if path is None else read_yaml(Path(path))
+    for override in overrides:
+        apply_override(data, source, override)
+    merge_flags(data, source, flags)
+    try:
+        recipe = Recipe.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise _first_problem(error, source) from None
+    recipe._source = source
+    check_recipe(recipe)
+    return recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check names, types, files and columns of a recipe; reads no weights, and of a data file only the head.
+
+    Raises:
+        RecipeError: at the first thing that is wrong.
+    """
+    from veneer.train.tasks import TASKS
+
+    source = recipe._source
+    if recipe.task not in TASKS:
+        hint = f"The tasks are {', '.join(TASKS)}."
+        raise source.error(
+            ("task",), f"unknown task {recipe.task!r}", near=nearest(recipe.task, TASKS), hint=hint
+        )
+    _check_data(recipe)
+    _check_base(recipe)
+    _check_out(recipe)
+    _check_adapter(recipe)
+    fields.check_options(
+        fields.training_arguments_class(), recipe.train, "train", source, owned=fields.OWNED_TRAIN
+    )
+
+
+def _check_data(recipe: Recipe) -> None:
+    from veneer.train import data
+
+    for name in ("train", "test", "validation"):
+        if getattr(recipe.data, name) is None:
+            continue
+        try:
+            data.check_columns(recipe.data, name, recipe.task)
+        except DataError as error:
+            error.key = error.key or f"data.{name}"
+            if error.file is None:
+                place = recipe.error(*error.key.split("."), problem="")
+                error.file, error.line = place.file, place.line
+            raise
+    if recipe.data.test and recipe.data.split:
+        raise recipe.error("data", "split", problem="given beside `data.test`", hint="Keep one of the two.")
+
+
+def _check_base(recipe: Recipe) -> None:
+    from veneer.train.bases import resolve_base
+
+    try:
+        resolve_base(recipe.base)
+    except RecipeError as error:
+        place = recipe.error("base", "name", problem="")
+        error.key, error.file, error.line = (
+            error.key or "base",
+            error.file or place.file,
+            error.line or place.line,
+        )
+        raise
+
+
+def _check_out(recipe: Recipe) -> None:
+    out = Path(recipe.out)
+    if out.exists() and not out.is_dir():
+        raise recipe.error("out", problem=f"{out} is a file", hint="Name a folder that does not exist yet.")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / "result.json").is_file():
+        problem = f"the folder {out} holds something other than a run"
+        raise recipe.error("out", problem=problem, hint="Name a folder that does not exist yet.")
+    if not recipe.overwrite:
+        hint = "Name another folder, or set `overwrite: true` to replace the run."
+        raise recipe.error("out", problem=f"the folder {out} already holds a run", hint=hint)
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    cls = fields.config_class(recipe.adapter.method)
+    if cls is None:
+        names = fields.method_names()
+        problem = f"unknown method {recipe.adapter.method!r}"
+        near, hint = nearest(recipe.adapter.method, names), f"The methods are {', '.join(names)}."
+        raise recipe.error("adapter", "method", problem=problem, near=near, hint=hint)
+    options = recipe.adapter.options
+    fields.check_options(cls, options, "adapter", recipe._source, owned=fields.OWNED_ADAPTER)
+    try:
+        cls(**options)
+    except (ValueError, TypeError, ImportError) as error:
+        named = next((key for key in options if key in str(error)), None)
+        path = ("adapter",) if named is None else ("adapter", named)
+        raise recipe.error(*path, problem=str(error)) from error
+
+
+def _first_problem(error: pydantic.ValidationError, source: Source) -> RecipeError:
+    first = min(error.errors(), key=lambda item: source.lines.get(_key_path(item["loc"]), 0))
+    path, kind = _key_path(first["loc"]), first["type"]
+    parent = _section_class(path[:-1])
+    known = list(parent.model_fields) if parent else []
+    if kind == "extra_forbidden":
+        where = f"`{'.'.join(str(part) for part in path[:-1])}`" if path[:-1] else "a recipe"
+        hint = f"The keys of {where} are {', '.join(known)}."
+        return source.error(path, "unknown key", near=nearest(str(path[-1]), known), hint=hint)
+    if kind == "missing":
+        return source.error(path, "missing", hint=f"Add `{path[-1]}:` to {_where(path[:-1])}.")
+    field = parent.model_fields.get(str(path[-1])) if parent else None
+    if kind == "literal_error" and field is not None:
+        choices = [choice for choice in _literals(field.annotation) if choice]
+        problem = f"{first['input']!r} is not one of {', '.join(choices)}"
+        return source.error(path, problem, near=nearest(str(first["input"]), choices))
+    if kind.endswith(("_type", "_parsing", "_from_float", "_type_class")) and field is not None:
+        found = f"{first['input']!r} ({type(first['input']).__name__})"
+        expected = fields.describe_type(field.annotation)
+        return source.error(path, f"wrong type: expected {expected}, found {found}")
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return source.error(path, f"{message}, found {first['input']!r}")
+
+
+def _key_path(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """A pydantic location without the names of union members (`("data", "tokens", "int")`)."""
+    path: list[str | int] = []
+    for part in loc:
+        parent = _section_class(tuple(path))
+        if path and parent is None and part in {"str", "int"}:
+            break
+        path.append(part)
+    return tuple(path)
+
+
+def _section_class(path: tuple[str | int, ...]) -> type[BaseModel] | None:
+    if not path:
+        return Recipe
+    field = Recipe.model_fields.get(str(path[0])) if len(path) == 1 else None
+    kind = field.annotation if field else None
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _literals(annotation: Any) -> tuple[str, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(choice for item in typing.get_args(annotation) for choice in _literals(item))
+    return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+
+
+def _where(path: tuple[str | int, ...]) -> str:
+    return f"the section `{'.'.join(str(part) for part in path)}`" if path else "the recipe"

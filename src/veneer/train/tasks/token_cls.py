@@ -1,0 +1,206 @@
+"""`token-cls`: a label a word, learned at the word's first sub-word and scored by entity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from veneer.train import metrics
+from veneer.train.data import Layout, Table
+from veneer.train.encode import IGNORE
+from veneer.train.errors import nearest
+from veneer.train.tasks.base import Outcome, Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from veneer.train.recipe import Recipe
+
+__all__ = ["TokenCls", "align"]
+
+
+class TokenCls:
+    """Word labels aligned to sub-words; the new classification head is trained and saved with the adapter."""
+
+    name: ClassVar[str] = "token-cls"
+    task_type: ClassVar[str] = "TOKEN_CLS"
+    auto_class: ClassVar[str] = "AutoModelForTokenClassification"
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = (("tokens", "labels"),)
+    train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "per_device_train_batch_size": 16}
+    whole_words: ClassVar[bool] = True
+    predicts_next: ClassVar[bool] = False
+
+    def check_row(self, layout: Layout, row: dict[str, Any]) -> str:
+        """What is wrong with a row, or an empty string."""
+        for role in ("tokens", "labels"):
+            value, column = row[role], layout.columns[role]
+            if not isinstance(value, list):
+                return f"{column!r} is {type(value).__name__}, expected a list with one text a word"
+            if not value:
+                return f"{column!r} is empty"
+            odd = next(
+                (i for i, item in enumerate(value) if not isinstance(item, str) or not item.strip()), None
+            )
+            if odd is not None:
+                return f"{column!r} holds {value[odd]!r} at word {odd + 1}, expected text"
+        words, labels = len(row["tokens"]), len(row["labels"])
+        return "" if words == labels else f"{words} tokens and {labels} labels"
+
+    def plan(self, recipe: Recipe, train: Table, test: Table | None, tokenizer: Any, config: Any) -> Plan:
+        """The labels found in training, and the tokens and labels of every row."""
+        names = _label_names(train, config)
+        limit = min(recipe.data.max_length, tokenizer.model_max_length, _positions(config))
+        everywhere = recipe.data.label_all_subwords
+        dataset, _, cut = _encode(train, names, tokenizer, limit, everywhere)
+        plan = Plan(train=dataset, label_names=names)
+        if cut:
+            plan.notes.append(f"{cut} of {len(train)} training rows are cut to {limit} tokens.")
+        if test is None:
+            return plan
+        test = test if recipe.eval.limit is None else test.select(range(min(recipe.eval.limit, len(test))))
+        plan.test, places, cut = _encode(test, names, tokenizer, limit, everywhere)
+        if cut:
+            plan.notes.append(f"{cut} of {len(test)} test rows are cut; the words cut off count as O.")
+        rows = test.dataset.to_list()
+        plan.targets = [
+            (row["tokens"], row["labels"], place) for row, place in zip(rows, places, strict=True)
+        ]
+        plan.examples = [
+            (" ".join(row["tokens"]), metrics.spans(row["tokens"], row["labels"])) for row in rows
+        ]
+        if _metric(recipe, names) == "entities":
+            metrics.need_seqeval()
+        return plan
+
+    def loss(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The model's own loss over the labelled sub-words."""
+        from veneer.train.loss import own_loss
+
+        return own_loss(model, batch, items, shifted=False)
+
+    def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
+        """The most likely label of each word's first sub-word, scored by entity (or by word)."""
+        assert plan.test is not None
+        assert plan.label_names is not None
+        best = _best_labels(model, tokenizer, plan, recipe.eval.batch_size)
+        blank = "O" if "O" in plan.label_names else plan.label_names[0]
+        found: list[list[str]] = []
+        for (words, _, places), row in zip(plan.targets, best, strict=True):
+            tags = [blank] * len(words)
+            for word, place in places:
+                tags[word] = plan.label_names[row[place]]
+            found.append(tags)
+        expected = [labels for _, labels, _ in plan.targets]
+        if _metric(recipe, plan.label_names) == "entities":
+            scores = metrics.entity_scores(expected, found)
+        else:
+            scores = {"accuracy": metrics.accuracy(expected, found)}
+        shown = [metrics.spans(words, tags) for (words, _, _), tags in zip(plan.targets, found, strict=True)]
+        return Outcome(scores, shown, [want == got for want, got in zip(expected, found, strict=True)])
+
+
+def _positions(config: Any) -> int:
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else 1 << 30
+
+
+def _metric(recipe: Recipe, names: Sequence[str]) -> str:
+    metric = recipe.eval.metric
+    if metric == "auto":
+        return "entities" if metrics.tags_are_iob(names) else "accuracy"
+    if metric not in {"entities", "accuracy"}:
+        hint = "For token-cls it is auto, entities or accuracy."
+        raise recipe.error("eval", "metric", problem=f"{metric!r} does not fit word labels", hint=hint)
+    if metric == "entities" and not metrics.tags_are_iob(names):
+        hint = "Entities are labelled O, B-name and I-name; set `eval.metric: accuracy` for other labels."
+        raise recipe.error("eval", "metric", problem=f"the labels are {', '.join(names)}", hint=hint)
+    return metric
+
+
+def _label_names(train: Table, config: Any) -> list[str]:
+    """The labels in the training rows, `O` first; a base with the same labels keeps its own order."""
+    names = {label for row in train.dataset["labels"] for label in row}
+    known = [config.id2label[index] for index in sorted(config.id2label)] if config.id2label else []
+    if set(known) == names and len(known) == len(names):
+        return known
+    return sorted(names, key=lambda name: (name != "O", name))
+
+
+def align(
+    word_ids: Sequence[int | None], labels: Sequence[int], everywhere: bool = False
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Word labels spread over sub-words: the first sub-word of each word is labelled, the others IGNORE.
+
+    ``word_ids`` gives each sub-word's word (None for a special token). With ``everywhere`` all sub-words of a
+    word are labelled, a `B-x` going on as `I-x` being left to the caller's labels. Returns the labels and the
+    (word, place) of every first sub-word.
+    """
+    spread, first, before = [IGNORE] * len(word_ids), [], None
+    for place, word in enumerate(word_ids):
+        if word is None:
+            continue
+        if word != before:
+            first.append((word, place))
+        if word != before or everywhere:
+            spread[place] = labels[word]
+        before = word
+    return spread, first
+
+
+def _encode(
+    table: Table, names: Sequence[str], tokenizer: Any, limit: int, everywhere: bool
+) -> tuple[Any, list[list[tuple[int, int]]], int]:
+    import datasets
+
+    index = {name: number for number, name in enumerate(names)}
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
+    places: list[list[tuple[int, int]]] = []
+    cut = 0
+    for first in range(0, len(table), 1000):
+        batch = table.dataset[first : first + 1000]
+        out = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=limit)
+        for number, labels in enumerate(batch["labels"]):
+            _check_labels(table, first + number, batch["tokens"][number], labels, index)
+            numbers = [index[label] for label in labels]
+            spread, where = align(out.word_ids(number), numbers, everywhere)
+            if not where:
+                raise table.error(first + number, "no word of it becomes a token")
+            cut += out.encodings[number].overflowing != []
+            places.append(where)
+            columns["input_ids"].append(out["input_ids"][number])
+            columns["labels"].append(spread)
+            columns["length"].append(len(spread))
+    return datasets.Dataset.from_dict(columns), places, cut
+
+
+def _check_labels(
+    table: Table, row: int, words: Sequence[str], labels: Sequence[str], known: dict[str, int]
+) -> None:
+    for place, label in enumerate(labels):
+        if label not in known:
+            near = nearest(label, known)
+            meant = f" Did you mean `{near}`?" if near else ""
+            hint = f"The training rows have the labels {', '.join(known)}.{meant}"
+            raise table.error(row, f"unknown label {label!r} at word {place + 1} ({words[place]!r})", hint)
+
+
+def _best_labels(model: Any, tokenizer: Any, plan: Plan, batch_size: int) -> list[list[int]]:
+    from veneer.train.collate import Collator
+    from veneer.train.generate import evaluating
+
+    assert plan.test is not None
+    rows = plan.test.to_list()
+    order = sorted(range(len(rows)), key=lambda number: rows[number]["length"])
+    collate, device = Collator(tokenizer.pad_token_id), next(model.parameters()).device
+    best: list[list[int]] = [[] for _ in rows]
+    with evaluating(model):
+        for first in range(0, len(order), batch_size):
+            part = order[first : first + batch_size]
+            batch = collate([rows[number] for number in part])
+            batch.pop("labels")
+            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
+            for number, row in zip(part, logits.argmax(-1).tolist(), strict=True):
+                best[number] = row
+    return best

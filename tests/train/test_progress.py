@@ -1,0 +1,81 @@
+"""The progress display: a bar in a terminal, a few plain lines elsewhere, and never a reason to fail."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from veneer.train.progress import PLAIN_LINES, ProgressCallback, clock, memory_in_use_mb
+
+
+def drive(callback: ProgressCallback, folder: Path, steps: int) -> None:
+    """Call what the trainer calls."""
+    args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to=[])
+    state, control = TrainerState(max_steps=steps), TrainerControl()
+    callback.on_train_begin(args, state, control)
+    for step in range(1, steps + 1):
+        state.global_step = step
+        callback.on_log(args, state, control, logs={"loss": 1.0 / step, "tokens_per_second": 1234.0})
+        callback.on_step_end(args, state, control)
+    callback.on_train_end(args, state, control)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_plain_lines_are_few_and_end_with_the_last_step(tmp_path: Path, steps: int) -> None:
+    stream = io.StringIO()
+    drive(ProgressCallback(Console(file=stream, force_terminal=False, width=40)), tmp_path, steps)
+    lines = stream.getvalue().splitlines()
+    assert 1 <= len(lines) <= PLAIN_LINES + 2
+    assert lines[-1].startswith(f"step {steps}/{steps}")
+    assert f"loss {1 / steps:.3f}" in lines[-1]
+    assert "1,234 tok/s" in lines[-1]
+    assert "left" in lines[-1]
+    assert "B" in lines[-1].split()[-1]
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_terminal_shows_a_bar(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    callback = ProgressCallback(Console(file=stream, force_terminal=True, width=120))
+    drive(callback, tmp_path, 5)
+    assert "5/5" in stream.getvalue()
+    assert "0.200" in stream.getvalue()
+    assert callback.bar is None
+
+
+def test_a_closed_stream_ends_the_display_and_not_the_training(tmp_path: Path) -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    callback = ProgressCallback(Console(file=Broken(), force_terminal=False))
+    drive(callback, tmp_path, 3)
+    assert callback.open is False
+
+
+def test_leaving_the_block_takes_the_bar_down(tmp_path: Path) -> None:
+    callback = ProgressCallback(Console(file=io.StringIO(), force_terminal=True))
+    args: Any = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+
+    def fail() -> None:
+        with callback:
+            callback.on_train_begin(args, TrainerState(max_steps=2), TrainerControl())
+            assert callback.bar is not None
+            raise RuntimeError("training failed")
+
+    with pytest.raises(RuntimeError, match="training failed"):
+        fail()
+    assert callback.bar is None
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (0, 9.6, 75, 3675, -3)] == ["0:00", "0:10", "1:15", "1:01:15", "0:00"]
+
+
+def test_memory_is_this_process() -> None:
+    assert 50 < memory_in_use_mb() < 100_000
