@@ -28,8 +28,9 @@ _NAMES: dict[str, str] = {
     **dict.fromkeys(["get_peft_model_state_dict", "set_peft_model_state_dict", "inject_adapter_in_model", "LoadReport"], "state"),
     **dict.fromkeys(["AdapterError", "CannotMerge", "LoadError", "PeftWarning"], "errors"),
     "PeftMixedModel": "mixed",
-    "matrices": "matrices",
-    "Matrices": "matrices",
+    "PromptTuningInit": "methods.prompt_tuning",
+    "matrices": "layer_matrices",
+    "Matrices": "layer_matrices",
     "LayerwiseHandoff": "handoff",
     "hand_off": "handoff",
 }  # fmt: skip

@@ -9,7 +9,7 @@ import os
 import warnings
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from . import registry
 from .errors import AdapterError, PeftWarning
@@ -67,6 +67,11 @@ class PeftConfig:
     revision: str | None = None
     inference_mode: bool = False
 
+    # Keys of the file format without a field here: those that acted where the adapter was made and do nothing after,
+    # and those that ask for a variant that veneer does not have.
+    spent: ClassVar[frozenset[str]] = frozenset()
+    unsupported: ClassVar[frozenset[str]] = frozenset()
+
     def __post_init__(self) -> None:
         if self.task_type is not None:
             if str(getattr(self.task_type, "value", self.task_type)) not in TaskType.__members__:
@@ -114,7 +119,13 @@ class PeftConfig:
         one warning that names them."""
         target = registry.config_class(kwargs["peft_type"]) if kwargs.get("peft_type") else cls
         known = {f.name for f in dataclasses.fields(target) if f.init}
-        unknown = {k: v for k, v in kwargs.items() if k not in known}
+        unknown = {k: v for k, v in kwargs.items() if k not in known | target.spent}
+        asked = sorted(k for k in target.unsupported if unknown.pop(k, None))
+        if asked:
+            raise AdapterError(
+                f"this adapter uses {', '.join(f'{k}={kwargs[k]!r}' for k in asked)}, which veneer does not have; without "
+                "it the adapter would compute something else, so it is not loaded"
+            )
         matters = sorted(k for k, v in unknown.items() if v not in (None, False, {}, [], ""))
         harmless = sorted(set(unknown) - set(matters))
         if unknown:
@@ -200,6 +211,10 @@ class AdapterConfig(PeftConfig):
                     raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        if self.share is not None:
+            from . import share
+
+            share.validate(self.share, self.handoff)
 
     # how patterns change the config of one layer: (pattern field, config field)
     PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"), ("alpha_pattern", "alpha"))

@@ -19,12 +19,19 @@ class Rows:
 
     names: tuple[str, ...]
     index: Tensor  # (rows,) int64
+    widened: int = 1  # beams and sampled sequences: copies of each row that a search makes, next to each other
+
+    def for_batch(self, size: int) -> Tensor | None:
+        """The index for a batch of `size` rows, as they came in or widened by a search; None for another size."""
+        if size == len(self.index):
+            return self.index
+        return self.index.repeat_interleave(self.widened) if size == len(self.index) * self.widened else None
 
     @classmethod
-    def of(cls, adapter_names: Sequence[str]) -> Rows:
+    def of(cls, adapter_names: Sequence[str], widened: int = 1) -> Rows:
         names = tuple(dict.fromkeys(n for n in adapter_names if n != BASE))
         at = {n: i for i, n in enumerate(names)} | {BASE: -1}
-        return cls(names, torch.tensor([at[n] for n in adapter_names]))
+        return cls(names, torch.tensor([at[n] for n in adapter_names]), widened)
 
 
 @dataclass

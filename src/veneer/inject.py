@@ -1,18 +1,21 @@
-"""From a config to adapted layers: targets -> sites -> shared tensors -> per-layer tensors and initial values -> wrap."""
+"""From a config to adapted layers: targets -> sites -> shared tensors -> tensors and initial values ->
+wrap."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from . import registry, storage
+from . import experts, handoff, registry, share, storage, tokens, tying
+from .attention import READERS, AttentionSite, projection_config
 from .context import Host
 from .errors import AdapterError
 from .kinds import Method
 from .layer import Adapted, View
+from .parameters import parameter_layers
 from .patterns import near_names
 from .replace import SavedModule
 from .site import Site, site_of
@@ -22,11 +25,24 @@ if TYPE_CHECKING:
     from .tuner import Tuner
 
 
+class Target(NamedTuple):
+    """A layer to adapt, wrapped, and where the wrapper goes: parent.leaf."""
+
+    name: str
+    layer: Adapted
+    parent: nn.Module
+    leaf: str
+    cfg: Any
+
+
 def candidates(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Every module a pattern may name. Of an adapted layer only the layer itself, not what is inside it."""
+    """Every module a pattern may name. Of an adapted layer only the layer itself, not what is inside it, save
+    for an adapted attention's or expert module's own layers."""
     for name, child in model.named_children():
         path = f"{prefix}.{name}" if prefix else name
         yield path, child
+        while isinstance(child, Adapted) and child.site.substitutes:
+            child, path = child.base_layer, f"{path}.base_layer"
         if not getattr(child, "is_adapter_wrapper", False):
             yield from candidates(child, path)
 
@@ -52,25 +68,78 @@ def find(tuner: Tuner, cfg: Any, method: Method) -> list[Match]:
 def inject(tuner: Tuner, name: str, cfg: Any, *, meta: bool = False, fill: bool = True) -> list[str]:
     """Add adapter `name` to the tuner's model; returns the names of the adapted layers.
 
-    meta: create tensors without memory, to be replaced by loaded ones. fill: draw initial values (on loading, only
-    where they change the base).
+    meta: create tensors without memory, to be replaced by loaded ones. fill: draw initial values (with meta
+    and on loading, only where they change the base).
     """
-    method = registry.method_of(cfg)
+    fill = fill and not meta
+    method: Any = registry.method_of(cfg)
     method.prepare(cfg, tuner.model, tuner.model_type)
+    experts.to_parameters(cfg, tuner.model, tuner.model_type)
     matches = find(tuner, cfg, method)
-    layers = [_wrap(tuner, m, method) for m in matches]
-    configs = [cfg.for_layer(m.name) for m in matches]
-    for layer, layer_cfg in zip(layers, configs, strict=True):
-        method.check(layer_cfg, layer.site)
-    shared = _place_shared(tuner, name, cfg, method, layers)
-    for match, layer, layer_cfg in zip(matches, layers, configs, strict=True):
-        refills = fill or method.changes_base(layer_cfg)
-        where: Any = torch.device("meta") if meta and not refills else None
-        view = layer.add(name, layer_cfg, method, device=where, dtype=tuner.adapter_dtype(layer.site), shared=shared)
-        if refills and not layer.site.stored.is_meta:
-            _init(method, view, layer_cfg, layer)
-        _settle(tuner, match, layer)
+    targets = list(_targets(tuner, cfg, method, matches))
+    for t in targets:
+        t.layer.site.check(getattr(t.cfg, method.dropout or "", None) or 0.0)
+        method.check(t.cfg, t.layer.site)
+    share.check(cfg, method, [t.layer for t in targets], [t.cfg for t in targets])
+    handoff.check(cfg, method)
+    shared = _place_shared(tuner, name, cfg, method, [t.layer for t in targets])
+    for t in targets:
+        add_one(tuner, name, t, method, meta=meta, fill=fill, shared=shared)
+    share.tie(tuner, name, [(t.name, t.layer) for t in targets], fresh=fill)
+    if fill:
+        handoff.inherit(tuner, name)
+    if getattr(cfg, "ensure_weight_tying", False) and not getattr(cfg, "modules_to_save", None):
+        tying.tie_factors(name, [t.layer for t in targets])
+    tokens.tie_targets(tuner, name, method, targets)
+    tokens.inject_option(tuner, name, cfg, meta=meta, fill=fill)
     return [m.name for m in matches]
+
+
+def _targets(tuner: Tuner, cfg: Any, method: Method, matches: list[Match]) -> Iterator[Target]:
+    """The matched layers, what goes with them (an attention's output projection), and named parameters."""
+    made = [_target(tuner, m, method, cfg.for_layer(m.name)) for m in matches]
+    names = {t.layer.site.name: t for t in made}
+    saved = getattr(cfg, "modules_to_save", None)
+    for path, others in ({} if saved else tying.tied_with(tuner.model, list(names), cfg)).items():
+        new = [Match(p, tuner.model.get_submodule(p), path) for p in others if p not in names]
+        made += [_target(tuner, m, method, names[path].cfg) for m in new]
+        names |= {t.layer.site.name: t for t in made}
+    attentions = [t for t in made if isinstance(t.layer.site, AttentionSite)]
+    projections = {id(base_of(t.layer.site.module.out_proj)) for t in attentions}
+    yield from (t for t in made if id(t.layer.site.module) not in projections)
+    for t in attentions:
+        attention = t.layer.site.module
+        out = Match(f"{t.name}.out_proj", attention.out_proj, "out_proj")  # type: ignore[arg-type]
+        yield Target(out.name, _wrap(tuner, out, method), attention, "out_proj", projection_config(t.cfg))
+    for name, layer, parent, leaf in parameter_layers(
+        tuner, cfg, method, {id(t.layer.site.module) for t in made}
+    ):
+        yield Target(name, layer, parent, leaf, cfg.for_layer(name))
+
+
+def _target(tuner: Tuner, match: Match, method: Method, cfg: Any) -> Target:
+    path, _, leaf = match.name.rpartition(".")
+    parent = tuner.model.get_submodule(path) if path else tuner.model
+    return Target(match.name, _wrap(tuner, match, method), parent, leaf, cfg)
+
+
+def base_of(module: Any) -> Any:
+    """The module itself, without adapters."""
+    return module.get_base_layer() if isinstance(module, Adapted) else module
+
+
+def add_one(
+    tuner: Tuner, name: str, t: Target, method: Method, *, meta: bool, fill: bool,
+    shared: tuple[nn.Module, dict[str, Any]] | None = None,
+) -> None:  # fmt: skip
+    """Give one layer its tensors and initial values, and put the wrapper in place."""
+    layer = t.layer
+    refills = fill or method.changes_base(t.cfg)
+    where: Any = torch.device("meta") if meta and not refills else None
+    view = layer.add(name, t.cfg, method, device=where, dtype=tuner.adapter_dtype(layer.site), shared=shared)
+    if refills and not layer.site.stored.is_meta:
+        _init(method, view, t.cfg, layer)
+    _settle(t)
 
 
 def _init(method: Method, view: View, cfg: Any, layer: Adapted) -> None:
@@ -78,7 +147,8 @@ def _init(method: Method, view: View, cfg: Any, layer: Adapted) -> None:
     if new is not None:
         if layer.merged_adapters:
             raise AdapterError(
-                f"{method.name} on {layer.site!r} changes the base's weight, and adapters are merged into it; "
+                f"{method.name} on {layer.site!r} changes the base's weight, and adapters are merged into "
+                "it; "
                 "unmerge them first"
             )
         site = layer.site
@@ -93,15 +163,12 @@ def _wrap(tuner: Tuner, match: Match, method: Method) -> Adapted:
     return Adapted(site, tuner.host)
 
 
-def _settle(tuner: Tuner, match: Match, layer: Adapted) -> None:
+def _settle(t: Target) -> None:
     """Put a new wrapper in the module's place."""
-    if match.module is layer:
+    if any(m is t.layer for m in t.parent.modules()):
         return
-    path, _, leaf = match.name.rpartition(".")
-    parent = tuner.model.get_submodule(path) if path else tuner.model
-    setattr(parent, leaf, layer)
-    if isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        parent._modules[leaf] = layer
+    t.layer.site.read_directly = isinstance(t.parent, READERS)
+    t.parent._modules[t.leaf] = t.layer
 
 
 def _place_shared(
@@ -122,20 +189,23 @@ def _place_shared(
     return tuner, specs
 
 
-
-
 def save_whole(model: nn.Module, host: Host, name: str, cfg: Any, *, meta: bool = False) -> None:
-    """Wrap the modules named in modules_to_save (by the end of their path) and give them a copy for this adapter."""
+    """Wrap the modules named in modules_to_save (by their path's end) and give them a copy for this
+    adapter."""
     wanted = getattr(cfg, "modules_to_save", None)
     if not wanted:
         return
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     found: set[str] = set()
-    for path, module in list(candidates(model)):
-        hit = next((w for w in wanted if path.endswith(w)), None)
-        if hit is None:
-            continue
-        found.add(hit)
+    hits = {}
+    for path, module in candidates(model):
+        matched = [w for w in wanted if path.endswith(w)]
+        if matched:
+            found.update(matched)
+            hits[path] = module
+    tied = tying.tied_with(model, list(hits), cfg)
+    hits |= {p: model.get_submodule(p) for others in tied.values() for p in others}
+    for path, module in hits.items():
         if isinstance(module, Adapted):
             raise AdapterError(f"{path} is both a target and in modules_to_save; take it out of one of them")
         if not isinstance(module, SavedModule):
@@ -145,6 +215,11 @@ def save_whole(model: nn.Module, host: Host, name: str, cfg: Any, *, meta: bool 
             setattr(parent, leaf, wrapper)
             module = wrapper
         module.add(name, meta=meta)
+    for path, others in tied.items():
+        first: Any = model.get_submodule(path)
+        for other in others:  # one weight, trained once
+            copied: Any = model.get_submodule(other)
+            copied.modules_to_save[name].weight = first.modules_to_save[name].weight
     missing = [w for w in wanted if w not in found]
     if missing and not getattr(cfg, "allow_unmatched", False):
         near = near_names(missing[0], [p for p, _ in candidates(model)])

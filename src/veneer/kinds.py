@@ -47,7 +47,7 @@ class Spec:
 
     train: a parameter; otherwise a frozen buffer. save: part of the checkpoint. raw: handed to the formula in
     its own dtype, not cast to the computation's. like: the module class that holds it, so that
-    `layer.lora_A["default"]` is an nn.Linear ("linear", "conv-down" or "conv-up"). file: the checkpoint name
+    `layer.lora_A["default"]` is an nn.Linear ("linear", "conv-down", "conv-up", or "copy" of the layer's own). file: the checkpoint name
     where it differs from the storage name. value: the initial tensor, for tensors shared between layers.
     """
 
@@ -70,6 +70,7 @@ class Method(ABC):
     dropout: ClassVar[str | None] = None
     mergeable: ClassVar[bool] = True
     prefix: ClassVar[str] = ""
+    exempt: ClassVar[dict[str, str]] = {}  # law -> why it does not hold for this method
     defaults: ClassVar[str] = "lora"  # whose default targets, where target_modules is None (defaults.py)
 
     def variant(self, cfg: Any) -> str | None:
@@ -183,6 +184,7 @@ class Gate(Method):
 
     last_first: ClassVar[bool] = False
     post_sees_bias: ClassVar[bool] = True
+    patches: ClassVar[bool] = False  # on a convolution, pre acts on the unfolded patch, as fold() says
 
     def pre(self, p: View, x: Tensor) -> Tensor:
         return x
@@ -195,7 +197,17 @@ class Gate(Method):
         kind = type(self)
         return kind.pre is not Gate.pre, kind.post is not Gate.post
 
+    def fold(self, p: View, W: Tensor) -> Tensor:
+        """The weight of base(pre(x)), W being the base's."""
+        return p.site.fold_input(lambda v: self.pre(p, v), W)
+
+    def by_weight(self, site: Site) -> bool:
+        """Whether the forward pass computes the new weight first."""
+        return self.patches and bool(site.kernel)
+
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        if self.by_weight(ps[0].site):
+            return ps[0].site.op(x, *self.merged(ps, base.weight(), base.bias()))
         for p in reversed(ps) if self.last_first else ps:
             if self.gates(p)[0]:
                 x = p.site.on_input(lambda v, p=p: self.pre(p, v), x)
@@ -210,7 +222,7 @@ class Gate(Method):
     def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
         for p in ps if self.last_first else reversed(ps):
             if self.gates(p)[0]:
-                W = p.site.fold_input(lambda v, p=p: self.pre(p, v), W)
+                W = self.fold(p, W)
         for p in ps:
             if self.gates(p)[1]:
                 W = self.post(p, W.movedim(0, -1)).movedim(-1, 0)
@@ -257,10 +269,19 @@ class Replace(Method):
     container: ClassVar[str]
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
+        passing = site.module._non_persistent_buffers_set
         return {
-            f"{self.container}.{name}": Spec(tuple(t.shape), dtype=t.dtype)
-            for name, t in site.module.named_parameters(recurse=False)
+            f"{self.container}.{n}": Spec(tuple(t.shape), isinstance(t, torch.nn.Parameter), dtype=t.dtype, like="copy")
+            for n, t in _tensors(site.module)
+            if n not in passing
         }
+
+    def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
+        mine, base = p.copy_of_module(self.container), p.site.module
+        with torch.no_grad():
+            for (_, copy), (_, t) in zip(_tensors(mine), _tensors(base), strict=True):
+                copy.copy_(t)
+        return None
 
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
         return ps[-1].copy_of_module(self.container)(x, *args, **kwargs)
@@ -270,11 +291,17 @@ class Replace(Method):
         return copy.weight, getattr(copy, "bias", None)
 
 
-class Prompt(ABC):
-    """Virtual tokens (`prompt`) or a key/value cache (`cache`) in front of the whole model's input.
+def _tensors(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """A module's own parameters and buffers by name."""
+    return sorted([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
 
-    A prompt method's tensors live in an encoder module per adapter, made by `encoder`; what is saved is the
-    finished prompt, (num_virtual_tokens, width).
+
+class Prompt(ABC):
+    """Virtual tokens (gives = "prompt") or a key/value cache (gives = "cache") before the model's input.
+
+    An adapter's tensors live in an encoder module of its own, `prompt_encoder.<adapter>.*` in a state dict;
+    its call returns the finished prompt, (n, width), which is what the file holds. prompts/ does the rest:
+    sizes, masks, positions, labels, caches, generation.
     """
 
     name: ClassVar[str] = ""
@@ -282,14 +309,25 @@ class Prompt(ABC):
     gives: ClassVar[str] = "prompt"
 
     @abstractmethod
-    def encoder(self, cfg: Any, embedding: torch.nn.Module | None) -> torch.nn.Module:
-        """The module whose call returns the prompt; `embedding` is the base's input embedding."""
+    def encoder(self, cfg: Any, embedding: torch.nn.Module, fill: bool) -> torch.nn.Module:
+        """The adapter's module, sized by cfg; `embedding` is the base's input embedding. fill=False: a file's
+        tensors follow, so initial values need no work."""
 
-    def prompt(self, encoder: torch.nn.Module, cfg: Any, batch: int, tasks: Tensor | None) -> Tensor:
-        """(batch, num_virtual_tokens, width)."""
-        ids = torch.arange(cfg.num_virtual_tokens * cfg.num_transformer_submodules)
-        raise AdapterError(f"{self.name} gives no prompt for {batch} rows ({len(ids)} virtual tokens)")
+    def prompt(self, encoder: torch.nn.Module, cfg: Any, tasks: Tensor | None) -> Tensor:
+        """(1 or rows, n, width); tasks: one task number a row, for methods with several."""
+        return encoder()[None]
 
-    def cache(self, encoder: torch.nn.Module, cfg: Any, batch: int) -> list[tuple[Tensor, Tensor]]:
-        """One (keys, values) pair a layer, each (batch, heads, num_virtual_tokens, head width)."""
-        raise AdapterError(f"{self.name} gives no key/value cache for {batch} rows")
+    def cache(self, encoder: torch.nn.Module, cfg: Any) -> list[tuple[Tensor, Tensor]]:
+        """One (keys, values) pair a layer, each (1, heads, n, head width)."""
+        raise AdapterError(f"{self.name} gives virtual tokens, not a key/value cache")
+
+    def saved(self, encoder: torch.nn.Module, cfg: Any) -> dict[str, Tensor]:
+        """File key -> tensor."""
+        return {"prompt_embeddings": encoder()}
+
+    def loaded(self, encoder: torch.nn.Module, cfg: Any, tensors: dict[str, Tensor]) -> torch.nn.Module:
+        """The module that holds a file's tensors; it may replace `encoder`. Raises AdapterError for a shape
+        that does not fit."""
+        from .prompts.table import finished
+
+        return finished(self.name, encoder, tensors["prompt_embeddings"])

@@ -101,9 +101,10 @@ class Adapted(nn.Module):
 
     is_adapter_wrapper = True
 
-    def __init__(self, site: Site, host: Host):
+    def __init__(self, site: Site, host: Host, base: nn.Module | None = None):
+        """base: the module to call, where it is not the site's own (another Adapted around it)."""
         super().__init__()
-        self.base_layer = site.module
+        self.base_layer = site.module if base is None else base
         self.site, self.host = site, host
         self.entries: dict[str, Entry] = {}
         self.scaling: dict[str, float] = {}
@@ -114,6 +115,19 @@ class Adapted(nn.Module):
         self._plans: dict[torch.dtype | None, tuple[Group, ...]] = {}
         self._plans_version = -1
         self.training = site.module.training
+
+    def __getattr__(self, name: str) -> Any:
+        """What the wrapper lacks is the base's own; the weights of an adapted attention are handed out adapted."""
+        modules = self.__dict__.get("_modules", {})
+        if name in modules:
+            return modules[name]
+        site = self.__dict__.get("site")
+        if site is None or "base_layer" not in modules or (name.startswith("_") and name not in site.private):
+            return super().__getattr__(name)
+        if site.substitutes and name in site.names:
+            W, b = self.effective()
+            return site.from_canonical(W) if name == site.names[0] else b
+        return getattr(self.get_base_layer(), name)
 
     # -- adapters --------------------------------------------------------------------------------------
     def add(
@@ -126,7 +140,10 @@ class Adapted(nn.Module):
         entry = Entry(cfg, method, specs)
         base_dtype = self.site.dtype if self.site.dtype.is_floating_point else torch.get_default_dtype()
         for key, spec in specs.items():
-            value = storage.empty(spec, device or self.site.device, dtype or base_dtype)
+            if spec.value is None:
+                value = storage.empty(spec, device or self.site.device, dtype or base_dtype)
+            else:
+                value = spec.value.to(self.site.device)
             storage.place(self, key, name, spec, value, self.site)
             entry.where[attribute(key)] = storage.holder_of(self, key, name)
         if shared is not None:
@@ -237,9 +254,11 @@ class Adapted(nn.Module):
             return x.dtype
         return self.site.dtype if self.site.dtype.is_floating_point else torch.get_default_dtype()
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         if self.merged_adapters:
             self._while_merged()
+        if self.site.substitutes:
+            return self._substituted(args if x is None else (x, *args), kwargs)
         if self.host.rows is not None and self.enabled:
             return rows.forward(self, self.host.rows, x, args, kwargs)
         base: Any = self.base_layer
@@ -251,6 +270,39 @@ class Adapted(nn.Module):
             base = Stacked(base, method, views)
         method, views = groups[-1]
         return method.forward(views, x, base, args, kwargs)
+
+    def _substituted(self, args: tuple, kwargs: dict) -> Any:
+        """Call the base with the adapted weight in the place of its own."""
+        if not self._whole_call():
+            return self.base_layer(*args, **kwargs)
+        with self.site.stand_in(*self.effective()):
+            return self.base_layer(*args, **kwargs)
+
+    def _whole_call(self) -> tuple[Group, ...]:
+        """The adapters that act where one weight serves the whole call."""
+        dtype = self.site.dtype if self.site.dtype.is_floating_point else torch.get_default_dtype()
+        rows_now = self.host.rows
+        if rows_now is None or not self.enabled:
+            return self.plan(dtype)
+        used = {rows_now.names[i] if i >= 0 else "" for i in rows_now.index.tolist()}
+        acting = {n if n in self.entries else "" for n in used}
+        if len(acting) > 1:
+            raise AdapterError(
+                f"{self.site!r} uses one weight for the whole batch, so adapter_names cannot mix adapters "
+                f"here ({', '.join(sorted(repr(n or '__base__') for n in acting))}); run one batch an adapter"
+            )
+        return self.groups(sorted(acting - {""}), dtype)
+
+    def effective(self) -> Weights:
+        """(weight, bias) that act now, in the site's layout; gradients reach the adapters through them."""
+        if self.merged_adapters:
+            self._while_merged()
+        W, b = self.site.weight(), self.site.bias()
+        for method, views in self._whole_call():
+            if not method.mergeable:
+                raise CannotMerge(f"{method.name} on {self.site!r} depends on the input; no weight stands for it")
+            W, b = method.merged(views, W, b)
+        return W, b
 
     def _while_merged(self) -> None:
         if not self.enabled:
@@ -340,10 +392,15 @@ class Adapted(nn.Module):
     # -- the base's own face -----------------------------------------------------------------------------------
     @property
     def weight(self) -> Tensor:
+        if self.site.read_directly:
+            return self.site.from_canonical(self.effective()[0]).to(self.site.dtype)
         return self.base_layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
+        if self.site.read_directly:
+            b = self.effective()[1]
+            return None if b is None else b.to(self.site.dtype)
         return self.base_layer._parameters.get("bias")
 
     @property

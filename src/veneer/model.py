@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +20,16 @@ from .errors import AdapterError
 from .replace import SavedModule
 from .status import layer_status, model_status
 from .tuner import Tuner
+
+
+def _signed_like(model: nn.Module, base: nn.Module) -> Any:
+    """model.forward under the signature of the base's: a Trainer keeps the data columns that the signature names."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return type(self).forward(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(type(base).forward)  # type: ignore[attr-defined]
+    return MethodType(forward, model)
 
 
 class PeftModel(nn.Module):
@@ -43,7 +55,7 @@ class PeftModel(nn.Module):
             self.prompt_configs = {}
             self.prompt_host = Host()
             self.prompt_encoder = nn.ModuleDict()
-            self.add_adapter(adapter_name, peft_config)
+            self.add_adapter(adapter_name, peft_config, fill=fill)
             self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         else:
             tuner = self._tuner_class()
@@ -53,6 +65,13 @@ class PeftModel(nn.Module):
             )  # fmt: skip
             self._note(peft_config, adapter_name)
         self._inputs_need_grad()
+        self.forward = _signed_like(self, model)  # type: ignore[method-assign]
+
+    def _replicate_for_data_parallel(self) -> PeftModel:
+        """A replica calls its own forward, not that of the model it was copied from."""
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__.pop("forward", None)
+        return replica
 
     @staticmethod
     def _tuner_class() -> type[Tuner]:
@@ -127,7 +146,8 @@ class PeftModel(nn.Module):
     def _inputs_need_grad(self) -> None:
         """Gradient checkpointing of a frozen model needs an input that carries gradients."""
         model = self.get_base_model()
-        if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+        on = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        if on and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     def add_adapter(
@@ -156,7 +176,7 @@ class PeftModel(nn.Module):
                 for p in self.base_model.parameters():
                     p.requires_grad_(False)
             self.prompt_configs[adapter_name] = peft_config
-            prompts.setup(self, adapter_name, peft_config)
+            prompts.setup(self, adapter_name, peft_config, fill=fill)
             injection.save_whole(self.base_model, self.prompt_host, adapter_name, peft_config)
         self._note(peft_config, adapter_name)
 
@@ -217,8 +237,9 @@ class PeftModel(nn.Module):
             self.host.enable(before)
 
     # -- calls ---------------------------------------------------------------------------------------------
-    def _rows(self, kwargs: dict[str, Any]) -> Any:
-        """A context for `adapter_names`, checked before any layer runs."""
+    def _rows(self, kwargs: dict[str, Any], widened: int = 1) -> Any:
+        """A context for `adapter_names`, checked before any layer runs. widened: copies of each row that a search
+        makes."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             return nullcontext()
@@ -227,7 +248,7 @@ class PeftModel(nn.Module):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
         self.known([n for n in dict.fromkeys(names) if n != BASE])
-        return self.host.call(rows=Rows.of(list(names)))
+        return self.host.call(rows=Rows.of(list(names), widened))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: one adapter name a row, "__base__" for none."""
@@ -237,11 +258,13 @@ class PeftModel(nn.Module):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        beams = kwargs.get("num_beams") or getattr(kwargs.get("generation_config"), "num_beams", None) or 1
-        beams *= kwargs.get("num_return_sequences", 1) if beams == 1 else 1
-        if kwargs.get("adapter_names") is not None and beams > 1:
-            kwargs["adapter_names"] = [n for n in kwargs["adapter_names"] for _ in range(beams)]
-        with self._rows(kwargs):
+        """The base model's generate. adapter_names: one adapter name a prompt, whatever the number of beams."""
+        configs = (kwargs.get("generation_config"), getattr(self.get_base_model(), "generation_config", None))
+        sizes = [
+            next((n for n in (kwargs.get(key), *(getattr(c, key, None) for c in configs)) if n is not None), 1)
+            for key in ("num_beams", "num_return_sequences")
+        ]
+        with self._rows(kwargs, max(sizes)):
             if self.prompt_configs is not None and self.host.enabled:
                 return prompts.generate(self, self.active_peft_config, args, kwargs)
             return self.get_base_model().generate(*args, **kwargs)

@@ -12,6 +12,35 @@ from .context import Host
 from .errors import AdapterError
 
 
+class TokenHolder(nn.Module):
+    """Holds the adapter of trained embedding rows under the name that files know, `token_adapter`."""
+
+    is_adapter_wrapper = True
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.token_adapter = layer
+        self.own_active: tuple[str, ...] | None = None
+        self.own_enabled = True
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "token_adapter" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.token_adapter, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter: str) -> None:
+        """The adapter's tensors are the inner layer's, which is deleted from by itself."""
+
+    def unwrapped(self, adapters: Any = None) -> nn.Module:
+        return self.token_adapter
+
+
 class SavedModule(nn.Module):
     """Stands where the module stood; runs the active adapter's copy, or the original where none is active."""
 
@@ -79,12 +108,18 @@ class SavedModule(nn.Module):
         rows = self.host.rows
         if rows is None or not (self.host.enabled and self.own_enabled):
             return self.running()(x, *args, **kwargs)
+        index = rows.for_batch(len(x))
+        if index is None:
+            raise AdapterError(
+                f"{self.site_name}: adapter_names has {len(rows.index)} entries and the batch {len(x)} rows; give one "
+                "name a row"
+            )
         out: torch.Tensor | None = None
         names = [n if n in self.modules_to_save else None for n in rows.names] + [None]
-        for i in rows.index.unique().tolist():  # whole modules cannot be stacked: one pass for each that occurs
+        for i in index.unique().tolist():  # whole modules cannot be stacked: one pass for each that occurs
             name = names[i]
             module = self.original_module if name is None else self.modules_to_save[name]
-            where = (rows.index == i).nonzero().squeeze(1).to(x.device)
+            where = (index == i).nonzero().squeeze(1).to(x.device)
             part = module(x[where], *args, **kwargs)
             if not isinstance(part, torch.Tensor):
                 raise AdapterError(f"{self.site_name}: adapter_names needs a module that returns a tensor")
@@ -96,5 +131,7 @@ class SavedModule(nn.Module):
 
     def unwrapped(self, adapters: Any = None) -> nn.Module:
         """The module to leave behind: the active copy, or the original where `adapters` names none of them."""
-        names = self.active_adapters if adapters is None else [n for n in adapters if n in self.modules_to_save]
+        names = (
+            self.active_adapters if adapters is None else [n for n in adapters if n in self.modules_to_save]
+        )
         return self.modules_to_save[names[-1]] if names else self.original_module

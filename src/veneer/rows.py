@@ -87,7 +87,7 @@ def forward(layer: Adapted, rows: Rows, x: Tensor, args: tuple, kwargs: dict) ->
     for b in buckets:
         if isinstance(b.method, Gate):
             site, gate = layer.site, b.method
-            if gate.gates(b.views[0])[0]:
+            if gate.gates(b.views[0])[0] and not gate.by_weight(site):
                 x = b.put(x, b.map(lambda p, v, g=gate: site.on_input(lambda u: g.pre(p, u), v), b.take(x)))
     y = layer.base_layer(x, *args, **kwargs)
     for b in buckets:
@@ -99,6 +99,8 @@ def _apply(b: Bucket, layer: Adapted, x: Tensor, y: Tensor) -> Tensor:
     method, site = b.method, layer.site
     if isinstance(method, Additive):
         return b.add(y, _additive(b, method, site, b.take(x)))
+    if isinstance(method, Reweight) or (isinstance(method, Gate) and method.by_weight(site)):
+        return b.put(y, _reweight(b, method, layer, b.take(x)))
     if isinstance(method, Gate):
         if not method.gates(b.views[0])[1]:
             return y
@@ -106,8 +108,6 @@ def _apply(b: Bucket, layer: Adapted, x: Tensor, y: Tensor) -> Tensor:
         shift = 0.0 if bias is None else site.per_feature(bias)
         part = b.map(lambda p, v: site.on_output(lambda u: method.post(p, u), v), b.take(y) - shift)
         return b.put(y, part + shift)
-    if isinstance(method, Reweight):
-        return b.put(y, _reweight(b, method, layer, b.take(x)))
     if isinstance(method, Replace):
         return b.put(y, _replace(b, method, b.take(x)))
     raise AdapterError(f"{method.name} on {site!r} cannot serve a batch that mixes adapters")
@@ -151,15 +151,15 @@ def _low_rank(b: Bucket, x: Tensor) -> Tensor:
     return torch.bmm(h, up[b.slot].mT).reshape(*x.shape[:-1], up.shape[1])
 
 
-def _reweight(b: Bucket, method: Reweight, layer: Adapted, x: Tensor) -> Tensor:
+def _reweight(b: Bucket, method: Method, layer: Adapted, x: Tensor) -> Tensor:
     W, bias = layer.site.weight(), layer.site.bias()
     tensors, scaling = b.stacked()
     first = b.views[0]
 
     def new(t: dict[str, Tensor], s: Tensor) -> tuple[Tensor, Tensor]:
         p: Any = RowView(first, t, s)
-        nb = method.bias(p, W, bias)
-        return method.weight(p, W), W.new_zeros(layer.site.out) if nb is None else nb
+        new_W, nb = method.merged([p], W, bias)
+        return new_W, W.new_zeros(layer.site.out) if nb is None else nb
 
     Ws, bs = vmap(new)(tensors, scaling)
     none = bias is None
@@ -176,10 +176,10 @@ def _replace(b: Bucket, method: Replace, x: Tensor) -> Tensor:
 
 
 def _buckets(layer: Adapted, rows: Rows, x: Tensor) -> list[Bucket]:
-    index = rows.index
-    if len(x) != len(index):
+    index = rows.for_batch(len(x))
+    if index is None:
         raise AdapterError(
-            f"{layer.site!r}: adapter_names has {len(index)} entries and the batch {len(x)} rows; give one name a row"
+            f"{layer.site!r}: adapter_names has {len(rows.index)} entries and the batch {len(x)} rows; give one name a row"
         )
     dtype = layer.compute_dtype(x)
     groups: dict[Any, list[int]] = {}

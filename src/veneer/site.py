@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -19,11 +20,21 @@ from .errors import AdapterError, CannotMerge
 
 
 class Site(ABC):
-    """A layer seen as a linear map. `kind` is what a method lists in its `sites`."""
+    """A layer seen as a linear map. `kind` is what a method lists in its `sites`.
+
+    experts: how many maps a 3-D parameter stacks. names: the module's weight and bias. substitutes: the module's own
+    forward does more than this map, so adapters act through a weight that stands in for the call. read_directly: the
+    parent reads the layer's weight and never calls it, so the wrapper's `weight` is the adapted one.
+    """
 
     kind: ClassVar[str]
     kernel: tuple[int, ...] = ()
     groups: int = 1
+    experts: int = 1
+    names: tuple[str, str] = ("weight", "bias")
+    substitutes: ClassVar[bool] = False
+    read_directly: bool = False
+    private: ClassVar[frozenset[str]] = frozenset()  # underscored attributes that parents read
 
     def __init__(self, module: nn.Module, name: str = ""):
         self.module, self.name = module, name
@@ -44,14 +55,17 @@ class Site(ABC):
     # -- the base's weight --------------------------------------------------------------------------
     @property
     def stored(self) -> Tensor:
-        return self.module.weight  # type: ignore[return-value]
+        return getattr(self.module, self.names[0])
 
     def weight(self) -> Tensor:
         """(out, inp / groups, *kernel), a view of the base's weight."""
         return self.to_canonical(self.stored)
 
     def bias(self) -> Tensor | None:
-        return self.module._parameters.get("bias")
+        return self.module._parameters.get(self.names[1])
+
+    def check(self, dropout: float) -> None:
+        """Raise AdapterError where this layer cannot be adapted, or not with dropout on the adapter's input."""
 
     def to_canonical(self, W: Tensor) -> Tensor:
         return W
@@ -65,22 +79,37 @@ class Site(ABC):
         New Parameter objects rather than in-place writes: unmerging is exact, and a weight tied to another
         layer (an embedding and its head) stays as it was over there.
         """
-        old_w, old_b = self.module._parameters["weight"], self.module._parameters.get("bias")
+        held = self.module._parameters
+        old_w, old_b = held[self.names[0]], held.get(self.names[1])
         assert old_w is not None
         data = self.from_canonical(W).to(old_w.dtype).contiguous()
-        self.module.weight = nn.Parameter(data, requires_grad=old_w.requires_grad)
+        held[self.names[0]] = nn.Parameter(data, requires_grad=old_w.requires_grad)
         if b is not None:
             trained = old_b is not None and old_b.requires_grad
-            self.module.bias = nn.Parameter(b.to(old_w.dtype), requires_grad=trained)
+            held[self.names[1]] = nn.Parameter(b.to(old_w.dtype), requires_grad=trained)
         return old_w, old_b
 
     def put_back(self, old: tuple[nn.Parameter, nn.Parameter | None]) -> None:
-        now = self.module.weight
-        for name, p in zip(("weight", "bias"), old, strict=True):
+        now = self.stored
+        for name, p in zip(self.names, old, strict=True):
             if p is not None and p.device != now.device:
-                p.data = p.data.to(now.device)  # type: ignore[arg-type]
+                p.data = p.data.to(now.device)
             if p is not None or name in self.module._parameters:
                 self.module._parameters[name] = p
+
+    @contextmanager
+    def stand_in(self, W: Tensor, b: Tensor | None) -> Iterator[None]:
+        """While it lasts the module reads these for its own weight and bias; gradients flow through them."""
+        held: dict[str, Any] = self.module._parameters
+        old = {name: held[name] for name in self.names if name in held}
+        dtype = old[self.names[0]].dtype
+        try:
+            held[self.names[0]] = self.from_canonical(W).to(dtype)
+            if b is not None and self.names[1] in old:
+                held[self.names[1]] = b.to(dtype)
+            yield
+        finally:
+            held.update(old)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -178,19 +207,19 @@ class EmbeddingSite(Site):
     def from_canonical(self, W: Tensor) -> Tensor:
         return W.T
 
-    def _scale(self, y: Tensor) -> Tensor:
+    def scale(self, y: Tensor) -> Tensor:
         scale = getattr(self.module, "embed_scale", None)  # Gemma, BART and kin scale what they look up
         return y if scale is None else y * torch.as_tensor(scale, dtype=y.dtype, device=y.device)
 
     def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         m = self.module
         y = F.embedding(x, W.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)  # type: ignore[arg-type]
-        return self._scale(y)
+        return self.scale(y)
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         m = self.module
         y = F.embedding(x, A.T, m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)  # type: ignore[arg-type]
-        return self._scale(y)
+        return self.scale(y)
 
     def on_input(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         raise AdapterError(f"{self!r}: an embedding's input is a token id; nothing can be applied to it")
@@ -284,6 +313,7 @@ class ModuleSite(Site):
 
 def site_of(module: nn.Module, name: str = "", wanted: frozenset[str] | None = None) -> Site | None:
     """The Site of a module, or None where veneer has no view of it. `wanted`: the kinds a method supports."""
+    from .attention import AttentionSite
     from .backends import site_of_backend
 
     site: Site | None = site_of_backend(module, name)
@@ -296,6 +326,8 @@ def site_of(module: nn.Module, name: str = "", wanted: frozenset[str] | None = N
             site = ConvSite(module, name)
         elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
             site = Conv1DSite(module, name)
+        elif isinstance(module, nn.MultiheadAttention):
+            site = AttentionSite(module, name)
     if wanted is not None and "module" in wanted and (site is None or site.kind not in wanted):
         return ModuleSite(module, name)
     return site if site is not None and (wanted is None or site.kind in wanted) else None

@@ -60,11 +60,12 @@ def _tensors(layer: Adapted, adapter: str) -> list[torch.Tensor]:
 
 
 def _root(model: Any) -> nn.Module:
+    """What layers are named from: the Tuner of a PeftModel, so that names begin with "model.", or the model."""
     from .tuner import Tuner
 
     base = getattr(model, "base_model", model)
     if isinstance(base, Tuner):
-        return base.model
+        return base
     if not any(isinstance(m, Adapted) for m in model.modules()):
         raise TypeError(f"{type(model).__name__} has no adapter layers: status is for models with adapters on their layers")
     return model
@@ -98,13 +99,14 @@ def model_status(model: Any) -> ModelStatus:
     """The layers' status put together."""
     layers = layer_status(model)
     configs = getattr(model, "peft_config", {})
-    base = getattr(model, "base_model", None)
-    inner = _root(model)
+    root: Any = _root(model)
+    tuned = root is not model
+    inner = root.model if tuned else root
     names = sorted({a for s in layers for a in s.available_adapters})
     params = list(model.parameters())
     return ModelStatus(
         base_model_type=type(inner).__name__,
-        adapter_model_type=type(base).__name__ if base is not None and base is not inner else "None",
+        adapter_model_type=type(root).__name__ if tuned else "None",
         peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         total_params=sum(p.numel() for p in params),

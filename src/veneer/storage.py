@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -109,6 +110,8 @@ def _conv(shape: tuple[int, ...], site: Site, down: bool) -> nn.Module:
 def make_slot(spec: Spec, site: Site) -> nn.Module:
     if spec.like == "linear" and len(spec.shape) == 2:
         return _linear(spec.shape, site)
+    if spec.like == "copy":
+        return copy.deepcopy(site.module)
     if spec.like in ("conv-down", "conv-up"):
         return _conv(spec.shape, site, spec.like == "conv-down")
     return Slot()

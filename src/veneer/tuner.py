@@ -185,7 +185,7 @@ class Tuner(nn.Module):
             return
         if mode == "all":
             for key, p in self.model.named_parameters():
-                if key.rpartition(".")[2] == "bias" and "lora_" not in key:
+                if key.rpartition(".")[2] == "bias" and "lora_" not in key and ".original_module." not in key:
                     p.requires_grad_(True)
         elif str(mode).endswith("_only"):
             for _, layer in self.layers():
@@ -243,8 +243,7 @@ class Tuner(nn.Module):
         return self._unwrapped(lambda layer: layer.base_layer, [])
 
     def _unwrapped(self, base_of: Callable[[Adapted], nn.Module], saved: Sequence[str] | None) -> nn.Module:
-        self._untie()
-        for name, m in list(self.wrappers()):
+        for name, m in reversed(list(self.wrappers())):  # what is inside a wrapper before the wrapper itself
             if isinstance(m, Adapted):
                 new: nn.Module = base_of(m)
             else:
@@ -252,10 +251,12 @@ class Tuner(nn.Module):
             path, _, leaf = name.rpartition(".")
             parent = self.model.get_submodule(path) if path else self.model
             setattr(parent, leaf, new)
+        self._untie()
         return self.model
 
     def _untie(self) -> None:
-        """A merged embedding is no longer its head's: the model's config must not tie them again on loading."""
+        """A merged embedding may no longer be its head's: then the config must not tie them again on loading.
+        Where both came out equal they become one tensor again."""
         config: Any = getattr(self.model, "config", None)
         if config is None or not getattr(config, "tie_word_embeddings", False):
             return
@@ -263,8 +264,21 @@ class Tuner(nn.Module):
         if get_in is None or get_out is None:
             return
         first, second = get_in(), get_out()
-        if first is not None and second is not None and first.weight is not second.weight:
+        if first is None or second is None or first.weight is second.weight:
+            return
+        if torch.equal(first.weight, second.weight):
+            second.weight = first.weight
+        else:
             config.tie_word_embeddings = False
+
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        """A new LoRA adapter from a weighted sum of others; see combine.add_weighted_adapter, whose report it returns."""
+        from .combine import add_weighted_adapter
+
+        return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
 
     # -- names ---------------------------------------------------------------------------------------------
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str, Any, Any, str]]:

@@ -45,9 +45,12 @@ def changes_base(cfg: Any) -> bool:
 
 
 def initial(p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
-    """Fill an adapter's A and B as init_lora_weights says."""
-    fill = import_module(f"veneer.inits.{_name(cfg)}").fill
-    keys = ("lora_embedding_A", "lora_embedding_B") if p.site.kind == "embedding" else ("lora_A", "lora_B")
+    """Fill an adapter's A and B as init_lora_weights says; an embedding starts from its default whatever the name, as
+    the files of such adapters expect of the base."""
+    name, keys = _name(cfg), ("lora_A", "lora_B")
+    if p.site.kind == "embedding":
+        name, keys = "default" if name != "random" else name, ("lora_embedding_A", "lora_embedding_B")
+    fill = import_module(f"veneer.inits.{name}").fill
     A, B = (getattr(*p.where[k]) for k in keys)
     try:
         with torch.no_grad():
@@ -72,6 +75,8 @@ def split_base(A: Tensor, B: Tensor, new_A: Tensor, new_B: Tensor, W: Tensor, p:
 
 def matrix(W: Tensor, p: View) -> Tensor:
     """The weight as a float32 matrix (out, columns); refuses layers whose weight is not one matrix."""
+    if p.site.experts > 1:
+        raise ValueError("this initial value needs one matrix, not a stack of experts")
     if p.site.groups > 1:
         raise ValueError("this initial value needs a convolution without groups")
     if not W.is_floating_point():

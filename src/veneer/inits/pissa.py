@@ -3,7 +3,7 @@
     W = U S V^T;   B = U_r sqrt(S_r / s),   A = sqrt(S_r / s) V_r^T,   W_base = W - s B A,   s the scaling
 
 "pissa_niter_N" finds them by a randomised method with N power iterations (Halko et al. 2011) in a fraction of the
-time.
+time, from a fixed seed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def fill(A: Tensor, B: Tensor, weight: Callable[[], Tensor], p: View, cfg: Any) 
     M = matrix(W, p)
     _, _, niter = str(cfg.init_lora_weights).lower().partition("_niter_")
     if niter:
-        U, S, V = torch.svd_lowrank(M, q=cfg.r, niter=int(niter))
+        with torch.random.fork_rng([M.device] if M.is_cuda else []):
+            torch.manual_seed(0)  # loading splits the base again and must find the same rest
+            U, S, V = torch.svd_lowrank(M, q=cfg.r, niter=int(niter))
         Vh = V.T
     else:
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)

@@ -12,12 +12,13 @@ forward pass as in the merged weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import inits
+from ..errors import AdapterError
 from ..kinds import Reweight, Spec
 from ..layer import View
 from ..site import Site
@@ -34,9 +35,18 @@ class DoRA(Reweight):
     sites = DENSE
     prefix = "lora_"
     dropout = "lora_dropout"
+    exempt: ClassVar[dict[str, str]] = {
+        "gradcheck": "the norm counts as a constant in the gradient (section 4.3); "
+        "test_dora_gradient_with_the_norm_constant checks that one instead",
+    }
 
     def check(self, cfg: Any, site: Site) -> None:
         lora_check(cfg, site)
+        if site.groups > 1:
+            raise AdapterError(
+                f"use_dora=True on {site!r}: with {site.groups} groups, W + B A has no weight of the layer's shape and so "
+                "no norm; take the layer out of target_modules or set use_dora=False"
+            )
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         shape = (1, site.out, *(1 for _ in site.kernel)) if site.kernel else (site.out,)

@@ -5,6 +5,7 @@
     lora_A.weight (r, inp)               lora_embedding_A (r, rows) on an embedding
     lora_B.weight (out, r)               lora_embedding_B (out, r)
     lora_B.bias   (out,)                 with lora_bias
+    a parameter that stacks E experts: lora_A (r * E, inp), lora_B (out, r * E)
 
 Convolutions: A (r, inp, *kernel) reads with the layer's own stride and padding, B (out, r / groups, 1, ...) mixes.
 Merges; on a convolution with groups > 1 it does not, since A reads every channel.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from ..kinds import LowRank, Spec
 from ..layer import View
 from ..site import Site
 
-DENSE = frozenset({"linear", "conv", "embedding"})
+DENSE = frozenset({"linear", "conv", "embedding", "attention"})
 
 
 @dataclass
@@ -52,6 +53,14 @@ class LoraConfig(AdapterConfig):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     ensure_weight_tying: bool = False
+    spent: ClassVar[frozenset[str]] = frozenset(
+        {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core",
+         "qalora_group_size", "runtime_config"}
+    )  # fmt: skip
+    unsupported: ClassVar[frozenset[str]] = frozenset(
+        {"alora_invocation_tokens", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "layer_replication",
+         "arrow_config", "kasa_config"}
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +76,7 @@ class LoraConfig(AdapterConfig):
 
 def lora_tensors(cfg: LoraConfig, site: Site) -> dict[str, Spec]:
     """A and B for any kind of layer."""
-    r, k = cfg.r, site.kernel
+    r, k = cfg.r * site.experts, site.kernel
     if site.kind == "embedding":
         return {"lora_embedding_A": Spec((r, site.inp)), "lora_embedding_B": Spec((site.out, r))}
     down, up = ("conv-down", "conv-up") if k else ("linear", "linear")
@@ -98,15 +107,21 @@ def lora_check(cfg: LoraConfig, site: Site) -> None:
             f"Targeting a {type(site.module).__name__} with groups={site.groups} and rank {cfg.r}. "
             f"Currently, support is limited to conv layers where the rank is divisible by groups. ({site!r})"
         )
+    if site.kind == "parameter" and (cfg.lora_bias or cfg.fan_in_fan_out):
+        option = "lora_bias" if cfg.lora_bias else "fan_in_fan_out"
+        raise ValueError(f"target_parameters does not work with {option}=True ({site!r})")
     if cfg.lora_bias and site.kind == "embedding":
         raise AdapterError(f"lora_bias=True on {site!r}: an embedding has no bias; take it out of target_modules")
 
 
 class LoRA(LowRank):
     Config = LoraConfig
-    sites = DENSE
+    sites = DENSE | {"parameter"}
     prefix = "lora_"
     dropout = "lora_dropout"
+    exempt: ClassVar[dict[str, str]] = {
+        "forward == merged with groups": "A reads every channel and a grouped kernel does not, so merging is refused",
+    }
 
     def variant(self, cfg: Any) -> str | None:
         return "DORA" if cfg.use_dora else None

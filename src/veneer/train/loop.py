@@ -139,7 +139,7 @@ def _train(
         out=str(out),
         task=recipe.task,
         recipe=recipe,
-        history=[row for row in trainer.state.log_history if "loss" in row],
+        history=[row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
         before=before.metrics,
         after=after.metrics,
         samples=_samples(recipe, plan, before, after),

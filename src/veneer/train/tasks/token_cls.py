@@ -201,6 +201,7 @@ def _best_labels(model: Any, tokenizer: Any, plan: Plan, batch_size: int) -> lis
             batch = collate([rows[number] for number in part])
             batch.pop("labels")
             logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
+            logits = logits[:, -batch["input_ids"].shape[1] :]  # virtual tokens come first and have no word
             for number, row in zip(part, logits.argmax(-1).tolist(), strict=True):
                 best[number] = row
     return best

@@ -1,0 +1,1 @@
+"""The `veneer` command: one file per command, heavy imports inside the commands."""

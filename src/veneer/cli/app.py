@@ -1,0 +1,71 @@
+"""The `veneer` command itself: it knows the commands' names and options, and imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from veneer.cli.chat import chat
+from veneer.cli.errors import DebugFlag, friendly_errors
+from veneer.cli.generate import generate
+from veneer.cli.merge import merge
+from veneer.cli.quickstart import quickstart
+from veneer.cli.train import train
+from veneer.version import __version__
+
+__all__ = ["app", "main"]
+
+
+class _Group(TyperGroup):
+    """Shows expected errors as a panel, whoever runs the command."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with friendly_errors(ctx):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="veneer",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Fine-tune a language model on your own data with one command.",
+    epilog="Start here: [bold]veneer quickstart[/bold]. Then: veneer COMMAND --help.",
+)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"veneer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: DebugFlag = False,
+) -> None:
+    """Fine-tune a language model on your own data with one command."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill a log file
+
+
+for command in (quickstart, train, chat, generate, merge):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Prompt methods on a model: what PeftModel calls.
+
+`peft_model.base_model` is the transformers model itself, `peft_model.prompt_encoder[adapter]` the method's
+module. A call to the base is rewritten (prepend.py, cache.py); in `generate` a hook rewrites every step, so
+that any search, beam width or growing cache of transformers works as without a prompt.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import registry
+from ..errors import AdapterError
+from ..kinds import Prompt
+from . import cache, prepend, sizes
+
+if TYPE_CHECKING:
+    from ..model import PeftModel
+
+Call = dict[str, Any]
+Rewrite = Callable[[Call], Call]
+
+
+def setup(peft_model: PeftModel, adapter_name: str, cfg: Any, fill: bool = True) -> None:
+    """Fill in the config's sizes and make the adapter's encoder, beside the base's embedding, in float32.
+
+    fill: False where a file's tensors follow. Raises AdapterError for sizes that are not the base's.
+    """
+    method, base = _method(cfg), peft_model.base_model
+    sizes.fill(cfg, base, method.name, method.gives)
+    embedding = base.get_input_embeddings()
+    made = method.encoder(cfg, embedding, fill and not cfg.inference_mode)
+    peft_model.prompt_encoder[adapter_name] = made.to(embedding.weight.device)
+
+
+def forward(peft_model: PeftModel, cfg: Any, args: tuple, kwargs: Call) -> Any:
+    """The base's output with the prompt in front.
+
+    Virtual tokens (not a cache) are positions of the output, too: logits of tokens are (rows, n + length, k),
+    of which the last `length` belong to the input. task_ids: one task number a row, for methods with several.
+    """
+    base = peft_model.base_model
+    call = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
+    rewrite = _rewriter(peft_model, cfg, call.pop("task_ids", None), _task(cfg))
+    call = rewrite(call)
+    caching = _method(cfg).gives == "cache"
+    with cache.kept_under_checkpointing(base, call) if caching else nullcontext():
+        return base(**call)
+
+
+def generate(peft_model: PeftModel, cfg: Any, args: tuple, kwargs: Call) -> Any:
+    """The base's generate with the prompt in front; the tokens returned are those without a prompt's."""
+    base, kwargs = peft_model.base_model, dict(kwargs)
+    tasks = kwargs.pop("task_ids", None)
+    _check_generation(base, kwargs)
+    if cache.checkpointed(base):
+        raise AdapterError(
+            "generate in training mode under gradient checkpointing has no cache; call model.eval()"
+        )
+    rewrite = _rewriter(peft_model, cfg, tasks, None)
+    if sizes.encoder_decoder(base) and _method(cfg).gives == "prompt":
+        args, kwargs = _encoder_input(base, args, kwargs, rewrite)  # generate runs the encoder by itself
+    hook = base.register_forward_pre_hook(lambda _, a, call: (a, rewrite(call)), with_kwargs=True)
+    try:
+        return base.generate(*args, **kwargs)
+    finally:
+        hook.remove()
+
+
+def get_prompt(peft_model: PeftModel, batch_size: int, task_ids: Tensor | None = None) -> Any:
+    """The active adapter's prompt for a batch: (rows, n, width), or a cache that holds it."""
+    cfg = peft_model.active_peft_config
+    method, encoder = _method(cfg), peft_model.prompt_encoder[peft_model.active_adapters[0]]
+    base = peft_model.base_model
+    if method.gives == "cache":
+        made = cache.fresh(sizes.encoder_decoder(base))
+        return cache.put(made, method.cache(encoder, cfg), batch_size, base.dtype)
+    return _expanded(method.prompt(encoder, cfg, _per_row(task_ids, batch_size)), batch_size)
+
+
+def saved_tensors(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """What the adapter's file holds: "prompt_embeddings" (n, width), finished, and the method's own."""
+    cfg = peft_model.peft_config[adapter]
+    with torch.no_grad():
+        saved = _method(cfg).saved(peft_model.prompt_encoder[adapter], cfg)
+    return {name: t.detach() for name, t in saved.items()}
+
+
+def load_tensors(peft_model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> None:
+    """Put a file's tensors into the adapter. Raises AdapterError for a shape that does not fit."""
+    cfg, old = peft_model.peft_config[adapter], peft_model.prompt_encoder[adapter]
+    new = _method(cfg).loaded(old, cfg, tensors)
+    if new is not old:
+        trained = any(p.requires_grad for p in old.parameters())
+        peft_model.prompt_encoder[adapter] = new.requires_grad_(trained).train(old.training)
+
+
+def _method(cfg: Any) -> Prompt:
+    made = registry.method_of(cfg)
+    assert isinstance(made, Prompt)  # PeftModel sends prompt configs alone here
+    return made
+
+
+def _task(cfg: Any) -> str | None:
+    return None if cfg.task_type is None else str(getattr(cfg.task_type, "value", cfg.task_type))
+
+
+def _expanded(prompt: Tensor, rows: int) -> Tensor:
+    return prompt.expand(rows, -1, -1) if len(prompt) == 1 else prompt
+
+
+def _per_row(tasks: Tensor | None, rows: int) -> Tensor | None:
+    """Task numbers for a batch that a search has widened."""
+    return tasks if tasks is None or len(tasks) == rows else tasks.repeat_interleave(rows // len(tasks))
+
+
+def _rewriter(peft_model: PeftModel, cfg: Any, tasks: Tensor | None, task: str | None) -> Rewrite:
+    """A call's arguments -> the base's, the prompt in front."""
+    method, encoder = _method(cfg), peft_model.prompt_encoder[peft_model.active_adapters[0]]
+    base = peft_model.base_model
+    if method.gives == "cache":
+        return lambda call: cache.rewrite(base, method.cache(encoder, cfg), call)
+    n = cfg.num_virtual_tokens  # an encoder-decoder's other half, for the decoder, is stored and not read
+
+    def make(rows: int) -> Tensor:
+        return _expanded(method.prompt(encoder, cfg, _per_row(tasks, rows)), rows)[:, :n]
+
+    return lambda call: prepend.rewrite(base, make, n, call, task)
+
+
+def _encoder_input(base: Any, args: tuple, kwargs: Call, rewrite: Rewrite) -> tuple[tuple, Call]:
+    """generate's arguments with the encoder's input as embeddings, the prompt in front."""
+    if args:
+        kwargs["inputs"], args = args[0], args[1:]
+    ids = kwargs.pop("inputs", None)
+    ids = kwargs.get("input_ids") if ids is None else ids
+    pad = base.config.pad_token_id
+    if kwargs.get("attention_mask") is None and ids is not None and pad is not None:
+        kwargs["attention_mask"] = (ids != pad).long()
+    call = {"input_ids": ids, "inputs_embeds": kwargs.get("inputs_embeds")}
+    new = rewrite({**call, "attention_mask": kwargs.get("attention_mask")})
+    kwargs.pop("input_ids", None)
+    return (None, *args) if args else (), {**kwargs, **{k: v for k, v in new.items() if v is not None}}
+
+
+def _check_generation(base: Any, kwargs: Call) -> None:
+    """Ways to generate that count cache positions themselves, and would miscount by the prompt's length."""
+    for key, works in (("prompt_lookup_num_tokens", ()), ("cache_implementation", ("dynamic", "offloaded"))):
+        for config in (base.generation_config, kwargs.get("generation_config")):
+            asked = kwargs.get(key, getattr(config, key, None))
+            if asked is not None and asked not in works:
+                raise AdapterError(f"generate({key}={asked!r}) has no room for a prompt; leave it out")
+    if kwargs.get("assistant_model") is not None:
+        raise AdapterError("generate(assistant_model=...) cannot count a prompt in the cache; leave it out")
