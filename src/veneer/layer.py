@@ -117,7 +117,7 @@ class Adapted(nn.Module):
         self.training = site.module.training
 
     def __getattr__(self, name: str) -> Any:
-        """What the wrapper lacks is the base's own; the weights of an adapted attention are handed out adapted."""
+        """What the wrapper lacks is the base's own; an adapted attention's weights are handed out adapted."""
         modules = self.__dict__.get("_modules", {})
         if name in modules:
             return modules[name]
@@ -300,7 +300,7 @@ class Adapted(nn.Module):
         W, b = self.site.weight(), self.site.bias()
         for method, views in self._whole_call():
             if not method.mergeable:
-                raise CannotMerge(f"{method.name} on {self.site!r} depends on the input; no weight stands for it")
+                raise CannotMerge(f"{method.name} on {self.site!r} depends on the input and has no weight")
             W, b = method.merged(views, W, b)
         return W, b
 

@@ -22,9 +22,9 @@ from .errors import AdapterError, CannotMerge
 class Site(ABC):
     """A layer seen as a linear map. `kind` is what a method lists in its `sites`.
 
-    experts: how many maps a 3-D parameter stacks. names: the module's weight and bias. substitutes: the module's own
-    forward does more than this map, so adapters act through a weight that stands in for the call. read_directly: the
-    parent reads the layer's weight and never calls it, so the wrapper's `weight` is the adapted one.
+    experts: how many maps a 3-D parameter stacks. names: the module's weight and bias. substitutes: the
+    module's own forward does more than this map, so adapters act by a weight that stands in for it.
+    read_directly: the parent reads the layer's weight itself, so the wrapper's `weight` is the adapted one.
     """
 
     kind: ClassVar[str]
@@ -64,8 +64,8 @@ class Site(ABC):
     def bias(self) -> Tensor | None:
         return self.module._parameters.get(self.names[1])
 
-    def check(self, dropout: float) -> None:
-        """Raise AdapterError where this layer cannot be adapted, or not with dropout on the adapter's input."""
+    def check(self, dropout: float) -> None:  # noqa: B027  (most layers have nothing to refuse)
+        """Raise where this layer cannot be adapted, or not with this dropout on the adapter's input."""
 
     def to_canonical(self, W: Tensor) -> Tensor:
         return W

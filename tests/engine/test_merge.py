@@ -122,10 +122,11 @@ def test_unmerge_is_exact_in_half_precision(dtype: torch.dtype) -> None:
 
 
 def test_merged_weights_equal_peft() -> None:
-    weights = []
-    for package in (veneer, peft):
-        config = package.LoraConfig(r=4, target_modules="all-linear", use_rslora=True, task_type="CAUSAL_LM")
-        weights.append(moved(package.get_peft_model(llama(), config)).merge_and_unload().state_dict())
+    options = {"r": 4, "target_modules": "all-linear", "use_rslora": True, "task_type": "CAUSAL_LM"}
+    ours = moved(veneer.get_peft_model(llama(), veneer.LoraConfig(**options)))
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**options))
+    peft.set_peft_model_state_dict(theirs, veneer.get_peft_model_state_dict(ours))
+    weights = [m.merge_and_unload().state_dict() for m in (ours, theirs)]
     assert weights[0].keys() == weights[1].keys()
     for key in weights[0]:
         torch.testing.assert_close(weights[0][key], weights[1][key], atol=1e-6, rtol=1e-6)
