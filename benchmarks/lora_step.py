@@ -21,10 +21,17 @@ import sys
 import time
 from typing import Any
 
-SHAPE = dict(
-    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-    num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192, rms_norm_eps=1e-5,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+}
 CONTESTANTS = ("frozen", "peft", "veneer")
 
 
@@ -57,7 +64,11 @@ def worker(args: argparse.Namespace) -> None:
         else:
             import veneer as package  # type: ignore[no-redef]
         config = package.LoraConfig(
-            task_type="CAUSAL_LM", r=args.r, lora_alpha=2 * args.r, target_modules="all-linear", lora_dropout=args.dropout
+            task_type="CAUSAL_LM",
+            r=args.r,
+            lora_alpha=2 * args.r,
+            target_modules="all-linear",
+            lora_dropout=args.dropout,
         )
         model = package.get_peft_model(model, config)
         generator = torch.Generator().manual_seed(1)
@@ -87,9 +98,12 @@ class Contestant:
     def __init__(self, name: str, argv: list[str]):
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, __file__, "--worker", name, *argv],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
+        )
         self.ready = self.read()
         self.steps: list[dict[str, float]] = []
 
@@ -120,7 +134,12 @@ def machine() -> dict[str, Any]:
         with open("/proc/cpuinfo") as f:
             models = [line.partition(":")[2].strip() for line in f if line.startswith("model name")]
         name = models[0] if models else name
-    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def commit() -> str | None:
@@ -164,7 +183,10 @@ def report(args: argparse.Namespace, by: dict[str, Contestant]) -> None:
     seconds = {n: [s["seconds"] for s in c.steps] for n, c in by.items()}
     above = {n: c.steps[-1]["peak_mb"] - c.ready["weights_mb"] for n, c in by.items()}
     info = machine()
-    print(f"LoRA r={args.r} on every linear layer, {args.batch} x {args.seq} tokens, {args.dtype}, dropout {args.dropout}, {args.rounds} rounds")
+    print(
+        f"LoRA r={args.r} on every linear layer, {args.batch} x {args.seq} tokens, {args.dtype}, "
+        f"dropout {args.dropout}, {args.rounds} rounds"
+    )
     print(f"{info['device']}, {info['threads']} threads, torch {info['torch']}")
     for name in CONTESTANTS:
         print(f"  {name:7} step {spread(seconds[name])} s   peak above weights {above[name]:.0f} MB")
@@ -177,9 +199,14 @@ def report(args: argparse.Namespace, by: dict[str, Contestant]) -> None:
         print(f"  {name:14} time {spread(values)}   memory above weights {above[a] / above[b]:.3f}")
     if args.json:
         result = {
-            "case": vars(args), "machine": info, "commit": commit(), "seconds": seconds, "losses": losses,
-            "peak_above_weights_mb": above, "time_ratios": {k: statistics.median(v) for k, v in ratios.items()},
-        }  # fmt: skip
+            "case": vars(args),
+            "machine": info,
+            "commit": commit(),
+            "seconds": seconds,
+            "losses": losses,
+            "peak_above_weights_mb": above,
+            "time_ratios": {k: statistics.median(v) for k, v in ratios.items()},
+        }
         temporary = args.json + ".part"
         with open(temporary, "w") as f:
             json.dump(result, f, indent=1)
@@ -189,7 +216,9 @@ def report(args: argparse.Namespace, by: dict[str, Contestant]) -> None:
         worst = max(abs(a - b) / abs(b) for a, b in zip(losses["veneer"], losses["peft"], strict=True))
         print(f"  losses of veneer and peft agree to {worst:.1e}")
         if worst > tolerance:
-            raise SystemExit(f"losses differ by {worst:.1e}, more than {tolerance:.0e}: veneer and peft do not compute the same")
+            raise SystemExit(
+                f"losses differ by {worst:.1e}, more than {tolerance:.0e}: veneer and peft do not compute the same"
+            )
 
 
 if __name__ == "__main__":

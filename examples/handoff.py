@@ -43,9 +43,7 @@ def main() -> list[float]:
             initializer_range=0.2,  # random weights that say something: the head is frozen
         )
     )
-    config = LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["v_proj", "o_proj", "down_proj"], r=4, lora_alpha=16
-    )
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["v_proj", "o_proj", "down_proj"], r=4, lora_alpha=16)
     model = get_peft_model(base, config)
     handoff = LayerwiseHandoff(model, steps_per_stage=STEPS_PER_STAGE)
     with tempfile.TemporaryDirectory() as folder:

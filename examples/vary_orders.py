@@ -69,7 +69,7 @@ class Row:
         table: Callable[[str], str] = (lambda k: THINGS[k]) if old in PLURALS else (lambda k: k)
         if old not in THINGS and old not in PLURALS:
             return
-        pool = WORN if "size" in item or PLURALS.get(old, old) in WORN else [k for k in THINGS if k not in WORN]
+        pool = WORN if item.get("size") or PLURALS.get(old, old) in WORN else [k for k in THINGS if k not in WORN]
         new = table(self.rng.choice([k for k in pool if table(k) not in taken] or [PLURALS.get(old, old)]))
         if self.swap(old, new):
             taken[taken.index(old)] = item["name"] = new
@@ -78,7 +78,9 @@ class Row:
         if item.get("color") in COLORS:
             free = [c for c in COLORS if not re.search(rf"\b{c}\b", self.text, re.IGNORECASE)]
             new = self.rng.choice(free)
-            if sum(i.get("color") == item["color"] for i in self.answer["items"]) == 1 and self.swap(item["color"], new):
+            if sum(i.get("color") == item["color"] for i in self.answer["items"]) == 1 and self.swap(
+                item["color"], new
+            ):
                 item["color"] = new
 
     def number(self, item: dict[str, Any]) -> None:
@@ -100,11 +102,11 @@ class Row:
 
     def order_id(self) -> None:
         new = self.rng.randint(1000, 9999)
-        if "order_id" in self.answer and self.swap(str(self.answer["order_id"]), str(new)):
+        if self.answer.get("order_id") and self.swap(str(self.answer["order_id"]), str(new)):
             self.answer["order_id"] = new
 
     def date(self, english: bool) -> None:
-        old = self.answer.get("date", "")
+        old = self.answer.get("date") or ""
         for days in [DAYS, [d.lower() for d in DAYS], *([] if english else FOREIGN_DAYS)]:
             if old in days:
                 new = self.rng.choice(days)

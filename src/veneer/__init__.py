@@ -25,7 +25,10 @@ _NAMES: dict[str, str] = {
          "AutoPeftModelForTokenClassification"],
         "auto",
     ),
-    **dict.fromkeys(["get_peft_model_state_dict", "set_peft_model_state_dict", "inject_adapter_in_model", "LoadReport"], "state"),
+    **dict.fromkeys(
+        ["get_peft_model_state_dict", "set_peft_model_state_dict", "inject_adapter_in_model", "LoadReport"],
+        "state",
+    ),
     **dict.fromkeys(["AdapterError", "CannotMerge", "LoadError", "PeftWarning"], "errors"),
     **dict.fromkeys(
         ["PEFT_TYPE_TO_CONFIG_MAPPING", "cast_mixed_precision_params", "get_layer_status", "get_model_status",

@@ -17,7 +17,9 @@ get_layer_status = layer_status
 get_model_status = model_status
 
 # peft_type -> config class; reading it imports every method
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[Any, type[PeftConfig]] = {PeftType[n]: registry.config_class(n) for n in registry.types()}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[Any, type[PeftConfig]] = {
+    PeftType[n]: registry.config_class(n) for n in registry.types()
+}
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:

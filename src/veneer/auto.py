@@ -11,10 +11,13 @@ from .errors import AdapterError
 from .model import TASKS, PeftModel, _plain
 
 _AUTO = {
-    "SEQ_CLS": "AutoModelForSequenceClassification", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM", "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering", "FEATURE_EXTRACTION": "AutoModel",
-}  # fmt: skip
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 _OWN = frozenset({"subfolder", "adapter_name", "is_trainable", "config", "strict"})
 
 
@@ -31,9 +34,14 @@ class AutoPeftModel:
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False,
-        config: PeftConfig | None = None, revision: str | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Load the base that the adapter's config names (kwargs go there), then the adapter.
 
         A tokenizer saved beside the adapter decides the vocabulary: the base's embeddings are resized to it.
@@ -47,34 +55,47 @@ class AutoPeftModel:
         if cls.task is not None and task != cls.task:
             raise ValueError(
                 f"Expected target PEFT class: {TASKS[cls.task].__name__}, but you have asked for: "
-                f"{TASKS.get(task, PeftModel).__name__} make sure that you are loading the correct model for your task type."
+                f"{TASKS.get(task, PeftModel).__name__} make sure that you are loading "
+                "the correct model for your task type."
             )
         base_kwargs = {k: v for k, v in kwargs.items() if k not in _OWN}
         base = cls._base(cfg, task, base_kwargs)
         cls._resize(base, pretrained_model_name_or_path)
         return TASKS.get(task, PeftModel).from_pretrained(
-            base, pretrained_model_name_or_path, adapter_name, is_trainable, cfg, revision=revision,
+            base,
+            pretrained_model_name_or_path,
+            adapter_name,
+            is_trainable,
+            cfg,
+            revision=revision,
             **{k: v for k, v in kwargs.items() if k in HUB_KEYS | {"subfolder", "strict"}},
-        )  # fmt: skip
+        )
 
     @classmethod
     def _base(cls, cfg: PeftConfig, task: str | None, kwargs: dict[str, Any]) -> Any:
         import transformers
 
         if not cfg.base_model_name_or_path:
-            raise AdapterError("the adapter's config names no base model (base_model_name_or_path); load the base yourself")
+            raise AdapterError(
+                "the adapter's config names no base model (base_model_name_or_path); load the base yourself"
+            )
         if task is not None:
             maker: Any = getattr(transformers, _AUTO[task])
         else:
             mapping = cfg.auto_mapping or {}
             if not mapping.get("base_model_class"):
-                raise ValueError("Cannot infer the auto class from the config, please make sure that you are loading the correct model for your task type.")
+                raise ValueError(
+                    "Cannot infer the auto class from the config, please make sure that you are loading "
+                    "the correct model for your task type."
+                )
             maker = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
         return maker.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision or "main", **kwargs)
 
     @staticmethod
     def _resize(base: Any, source: str | os.PathLike) -> None:
-        if not os.path.isfile(os.path.join(os.fspath(source), "tokenizer_config.json")) or not hasattr(base, "get_input_embeddings"):
+        if not os.path.isfile(os.path.join(os.fspath(source), "tokenizer_config.json")) or not hasattr(
+            base, "get_input_embeddings"
+        ):
             return
         from transformers import AutoTokenizer
 

@@ -142,9 +142,7 @@ def _combine_layer(job: _Job, path: str, layer: Adapted) -> _New:
     by_svd = s.combination_type.endswith("svd")
     rank = (s.svd_rank or max(ranks)) if by_svd else sum(ranks) if s.combination_type == "cat" else ranks[0]
     if rank % site.groups:
-        raise ValueError(
-            f"svd_rank={rank} on {site!r}: must be a multiple of the convolution's {site.groups} groups"
-        )
+        raise ValueError(f"svd_rank={rank} on {site!r}: must be a multiple of the convolution's {site.groups} groups")
     B, A = combine(parts, s, rank // site.groups)
     return _New(A, B, _bias(job, layer), rank, relative_error(parts, (B, A)))
 
@@ -166,9 +164,7 @@ def _config(job: _Job) -> Any:
     configs = [job.tuner.peft_config[n] for n in job.adapters]
     first = configs[0]
     if any(c.get("layer_replication") != first.get("layer_replication") for c in configs):
-        raise AdapterError(
-            "these adapters differ in layer_replication; they belong to models of different depth"
-        )
+        raise AdapterError("these adapters differ in layer_replication; they belong to models of different depth")
     ranks = Counter(new.rank for new in job.new.values())
     r = max(ranks, key=lambda k: (ranks[k], k))
     pattern = {f"^{re.escape(path)}": new.rank for path, new in job.new.items() if new.rank != r}
@@ -214,27 +210,21 @@ def _write(job: _Job, adapter_name: str, cfg: Any) -> None:
     for _, wrapper in tuner.saved_modules():
         holder = next((n for n in job.adapters if n in wrapper.modules_to_save), None)
         if holder is not None and adapter_name in wrapper.modules_to_save:
-            wrapper.modules_to_save[adapter_name].load_state_dict(
-                wrapper.modules_to_save[holder].state_dict()
-            )
+            wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[holder].state_dict())
 
 
 def _fill(job: _Job, adapter_name: str) -> None:
     made = {path: layer for path, layer in job.tuner.layers() if adapter_name in layer.entries}
     if made.keys() != job.new.keys():
         odd = sorted(made.keys() ^ job.new.keys())
-        raise AdapterError(
-            f"the result's config would adapt other layers than its sources: {', '.join(odd[:5])}"
-        )
+        raise AdapterError(f"the result's config would adapt other layers than its sources: {', '.join(odd[:5])}")
     for path, layer in made.items():
         new, view, embedding = job.new[path], layer.view(adapter_name), layer.site.kind == "embedding"
         keys = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
         for key, value in zip(keys, (new.A, new.B), strict=True):
             place = getattr(view, key)
             if place.numel() != value.numel():
-                raise AdapterError(
-                    f"{path}: the result's {key} has rank {new.rank}, its place {tuple(place.shape)}"
-                )
+                raise AdapterError(f"{path}: the result's {key} has rank {new.rank}, its place {tuple(place.shape)}")
             view.fill(key, value.flatten(0, 1).reshape(place.shape))
         if new.bias is not None:
             view.fill("lora_B_bias", new.bias)

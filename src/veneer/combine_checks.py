@@ -27,9 +27,7 @@ def check_settings(s: Settings, names: list[str], weights: list[float]) -> None:
     if not names:
         raise ValueError("add_weighted_adapter needs at least one adapter")
     if len(names) != len(weights):
-        raise ValueError(
-            f"{len(names)} adapters and {len(weights)} weights; give one weight for each adapter"
-        )
+        raise ValueError(f"{len(names)} adapters and {len(weights)} weights; give one weight for each adapter")
     if not all(math.isfinite(w) for w in weights):
         raise ValueError(f"weights={weights}: each must be a finite number")
     if s.svd_rank is not None and s.svd_rank < 1:

@@ -26,7 +26,7 @@ class _StrEnum(str, Enum):
         return f"{type(self).__name__}.{self.name}"
 
 
-PeftType = _StrEnum("PeftType", {name: name for name in registry.types()})  # type: ignore[misc]
+PeftType: Any = Enum("PeftType", [(name, name) for name in registry.types()], type=_StrEnum)  # type: ignore[misc]
 
 
 class TaskType(_StrEnum):
@@ -51,21 +51,28 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def veneer_field(default: Any = None) -> Any:
+    """A field of veneer's own: kept out of the files that peft reads."""
+    return field(default=default, metadata={"veneer": True})
+
+
 @dataclass
 class PeftConfig:
     """Fields of every adapter.
 
     task_type: one of TaskType, selects the model class. peft_type: the method. base_model_name_or_path, revision:
-    the model the adapter was trained on. inference_mode: load frozen.
+    the model the adapter was trained on. inference_mode: load frozen. allow_unmatched: pass over names in
+    target_modules and modules_to_save that match nothing, while others match.
     """
 
     task_type: str | TaskType | None = None
-    peft_type: str | PeftType | None = None
+    peft_type: str | Enum | None = None
     auto_mapping: dict | None = None
     peft_version: str | None = None
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
+    allow_unmatched: bool = veneer_field(False)
 
     # Keys of the file format without a field here: those that acted where the adapter was made and do nothing after,
     # and those that ask for a variant that veneer does not have.
@@ -123,7 +130,8 @@ class PeftConfig:
         asked = sorted(k for k in target.unsupported if unknown.pop(k, None))
         if asked:
             raise AdapterError(
-                f"this adapter uses {', '.join(f'{k}={kwargs[k]!r}' for k in asked)}, which veneer does not have; without "
+                f"this adapter uses {', '.join(f'{k}={kwargs[k]!r}' for k in asked)}, which veneer does not have; "
+                f"without "
                 "it the adapter would compute something else, so it is not loaded"
             )
         matters = sorted(k for k, v in unknown.items() if v not in (None, False, {}, [], ""))
@@ -171,11 +179,6 @@ class PeftConfig:
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{model_id}'")
         return cls.from_json_file(path)["peft_type"]
-
-
-def veneer_field(default: Any = None) -> Any:
-    """A field of veneer's own: kept out of the files that peft reads."""
-    return field(default=default, metadata={"veneer": True})
 
 
 @dataclass

@@ -25,7 +25,9 @@ def against_initial(
     under rsLoRA), so that the scaling stays.
     """
     if getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None):
-        raise AdapterError("path_initial_model_for_weight_conversion does not work with rank_pattern or alpha_pattern yet")
+        raise AdapterError(
+            "path_initial_model_for_weight_conversion does not work with rank_pattern or alpha_pattern yet"
+        )
     if str(config.init_lora_weights).lower().partition("_")[0] not in ("pissa", "olora"):
         raise ValueError(
             "`path_initial_model_for_weight_conversion` only works for `init_lora_weights` that change the base's "

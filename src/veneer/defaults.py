@@ -15,9 +15,7 @@ from veneer.graph import derive_targets, linear_names, name_tails
 
 Targets = str | list[str]
 
-_GEMMA4 = (
-    r".*language_model\..*\.(q_proj|v_proj)"  # a full-match pattern: its vision tower has the same names
-)
+_GEMMA4 = r".*language_model\..*\.(q_proj|v_proj)"  # a full-match pattern: its vision tower has the same names
 _LLAMAS = "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3"
 
 # one line per choice: the modules, then the architectures (transformers' model_type) it holds for
@@ -59,9 +57,7 @@ _IA3 = {
     "c_attn mlp.c_proj": "gpt2 gpt_bigcode",
 }
 
-_GEMMA_NORMS = (
-    "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm"
-)
+_GEMMA_NORMS = "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm"
 _LN_TUNING = {
     "input_layernorm post_attention_layernorm norm": "llama mistral gemma",
     _GEMMA_NORMS: "gemma2 gemma3_text",

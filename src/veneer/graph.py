@@ -22,9 +22,7 @@ _NORM = re.compile(r"(layer|rms)_?norm", re.IGNORECASE)
 _HEAD_NORM = re.compile(r"(^|\.)(q|k|query|key)_?(layer)?_?norm$", re.IGNORECASE)
 _SUFFIX = r"(?:_?(?:proj|projection|lin|linear|layer|attn|dense|states?)|_b_proj|_up_proj)?"
 _ROLES = {
-    role: re.compile(
-        rf"(?:to_?|w_?|linear_|lin_|proj_|self_|c_)?(?:{words}){_SUFFIX}(?:_with_mqa)?", re.IGNORECASE
-    )
+    role: re.compile(rf"(?:to_?|w_?|linear_|lin_|proj_|self_|c_)?(?:{words}){_SUFFIX}(?:_with_mqa)?", re.IGNORECASE)
     for role, words in (
         ("qkv", "qkv|query_key_value|c_attn|attn|in_proj|packed"),
         ("kv", "kv|key_value"),
@@ -45,9 +43,7 @@ def name_tails(name: str) -> Iterator[str]:
 def is_linear(module: nn.Module) -> bool:
     """nn.Linear and its subclasses, and transformers' Conv1D."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # not loaded: no such layer can exist
-    return isinstance(module, nn.Linear) or (
-        pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)
-    )
+    return isinstance(module, nn.Linear) or (pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D))
 
 
 def is_transformers_model(model: nn.Module) -> bool:

@@ -82,9 +82,7 @@ def _find(named: Named, name: str) -> tuple[str, Adapted]:
         return hits[0]
     paths = [p for p, _ in named]
     if hits:
-        raise AdapterError(
-            f"hand_off: {name!r} fits {len(hits)} layers ({hits[0][0]}, {hits[1][0]}, ...); name one"
-        )
+        raise AdapterError(f"hand_off: {name!r} fits {len(hits)} layers ({hits[0][0]}, {hits[1][0]}, ...); name one")
     raise AdapterError(f"hand_off: no adapted layer {name!r}{near_names(name, paths)}")
 
 
@@ -104,9 +102,7 @@ def handed_keys(layer: Adapted, adapter: str, tensors: Sequence[str] | None, pat
         return keys
     for name in tensors:
         if name not in trained and name not in trained.values():
-            raise AdapterError(
-                f"handoff on {path}: {entry.method.name} trains no tensor {name!r}; it trains: {have}"
-            )
+            raise AdapterError(f"handoff on {path}: {entry.method.name} trains no tensor {name!r}; it trains: {have}")
     return [k for k, head in trained.items() if k in tensors or head in tensors]
 
 
@@ -145,9 +141,7 @@ def earlier(named: Named, path: str, layer: Adapted) -> Iterator[tuple[str, Adap
             yield name, other
 
 
-def receive(
-    named: Named, path: str, layer: Adapted, adapter: str, givers: Sequence[str], tensors: Any
-) -> str | None:
+def receive(named: Named, path: str, layer: Adapted, adapter: str, givers: Sequence[str], tensors: Any) -> str | None:
     """Give a layer the A of the nearest earlier layer that one of `givers` trained; its name, or None."""
     keys = handed_keys(layer, adapter, tensors, path)
     for name, other in earlier(named, path, layer):
@@ -161,9 +155,7 @@ def receive(
     return None
 
 
-def _copy_keeping_output(
-    source: Adapted, giver: str, target: Adapted, adapter: str, keys: Sequence[str]
-) -> None:
+def _copy_keeping_output(source: Adapted, giver: str, target: Adapted, adapter: str, keys: Sequence[str]) -> None:
     was = is_identity(target, adapter)
     old = {key: _tensor(target, adapter, key).detach().clone() for key in keys}
     _copy(source, giver, target, adapter, keys)
@@ -199,9 +191,7 @@ def inherit(tuner: Tuner, adapter: str) -> dict[str, str]:
         return {}
     named = list(tuner.layers())
     found = {
-        path: receive(named, path, layer, adapter, givers, None)
-        for path, layer in named
-        if adapter in layer.entries
+        path: receive(named, path, layer, adapter, givers, None) for path, layer in named if adapter in layer.entries
     }
     out = {path: giver for path, giver in found.items() if giver is not None}
     if not out:

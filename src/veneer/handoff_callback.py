@@ -86,9 +86,7 @@ class LayerwiseHandoff(TrainerCallback):
         while self.stages.current < self._due(state):
             self.stages.advance()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.epochs is None:
             self._move(state)
 

@@ -64,9 +64,7 @@ class Stages:
             for p in layer.parameters_of(self.adapter):
                 first = owner.setdefault(id(p), path)
                 if first != path:
-                    raise AdapterError(
-                        f"{first} and {path} share a tensor (`share`), so they cannot train in turn"
-                    )
+                    raise AdapterError(f"{first} and {path} share a tensor (`share`), so they cannot train in turn")
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for _, layer in self.named:

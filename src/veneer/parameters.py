@@ -73,14 +73,10 @@ class ParameterSite(Site):
         return torch.bmm(up, down)
 
     def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        raise AdapterError(
-            f"{self!r}: how a module uses its parameter is its own; only its weight can be adapted"
-        )
+        raise AdapterError(f"{self!r}: how a module uses its parameter is its own; only its weight can be adapted")
 
 
-def plain_modules(
-    model: nn.Module, prefix: str = "", *, saved: bool = False
-) -> Iterator[tuple[str, nn.Module]]:
+def plain_modules(model: nn.Module, prefix: str = "", *, saved: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Modules of the base under the names they had before anything was wrapped; `saved`: also those that
     adapters train whole."""
     for name, child in model.named_children():
@@ -110,9 +106,7 @@ def parameter_layers(
     if not wanted:
         return
     if "parameter" not in method.sites:
-        raise ValueError(
-            f"{method.name} does not work with target_parameters; plain LoRA does (use_dora=False)"
-        )
+        raise ValueError(f"{method.name} does not work with target_parameters; plain LoRA does (use_dora=False)")
     found = match_parameters(
         tuner.model,
         wanted,

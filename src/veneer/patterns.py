@@ -86,14 +86,11 @@ def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{where}: {pattern!r} is no regular expression: {error}; names go in a list, "
-            "['q_proj', 'v_proj']"
+            f"{where}: {pattern!r} is no regular expression: {error}; names go in a list, ['q_proj', 'v_proj']"
         ) from error
 
 
-def layer_index(
-    name: str, layers_pattern: str | Iterable[str] | None = None, *, top_level: bool = False
-) -> int | None:
+def layer_index(name: str, layers_pattern: str | Iterable[str] | None = None, *, top_level: bool = False) -> int | None:
     """The layer number in a module's name, or None.
 
     Without ``layers_pattern``: the first ``.<anything>.<number>.`` in the name, so a list at the very top
@@ -157,9 +154,7 @@ def near_names(pattern: str, names: Iterable[str]) -> str:
         return f"; did you mean {' or '.join(map(repr, near))}?"
     leaves = list(dict.fromkeys(tail.rpartition(".")[2] for tail in tails))
     words = [word for word in re.findall(r"[A-Za-z]\w+", pattern) if word not in leaves]
-    close = dict.fromkeys(
-        n for word in words for n in difflib.get_close_matches(word, leaves, n=2, cutoff=0.7)
-    )
+    close = dict.fromkeys(n for word in words for n in difflib.get_close_matches(word, leaves, n=2, cutoff=0.7))
     if close:
         return f"; did you mean {' or '.join(map(repr, close))}?"
     return f"; the model has {', '.join(leaves[-12:])}" if leaves else ""

@@ -1,4 +1,4 @@
-"""One line a method. Everything else (exports, the enum of types, command-line choices, docs, tests) derives from it."""
+"""One line a method. Exports, the enum of types, command-line choices and tests derive from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from .errors import AdapterError
 
 if TYPE_CHECKING:
     from .config import PeftConfig
-    from .kinds import Method, Prompt
 
 
 class Entry(NamedTuple):
@@ -46,7 +45,7 @@ def method(name: str) -> Any:
     return made
 
 
-def method_of(cfg: PeftConfig) -> Method | Prompt | Any:
+def method_of(cfg: PeftConfig) -> Any:
     """The method a config asks for, its variants resolved."""
     made = method(str(getattr(cfg.peft_type, "value", cfg.peft_type)))
     variant = made.variant(cfg) if hasattr(type(made), "variant") else None

@@ -131,7 +131,5 @@ class SavedModule(nn.Module):
 
     def unwrapped(self, adapters: Any = None) -> nn.Module:
         """The module to leave behind: the active copy, or the original where `adapters` names none of them."""
-        names = (
-            self.active_adapters if adapters is None else [n for n in adapters if n in self.modules_to_save]
-        )
+        names = self.active_adapters if adapters is None else [n for n in adapters if n in self.modules_to_save]
         return self.modules_to_save[names[-1]] if names else self.original_module

@@ -26,11 +26,34 @@ if TYPE_CHECKING:
 
 # Settings that say where an adapter sits or how it began, not what its formula does.
 _IRRELEVANT = frozenset(
-    {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layers", "modules_to_save",
-     "base_model_name_or_path", "revision", "inference_mode", "task_type", "auto_mapping", "peft_version", "share",
-     "handoff", "rank_pattern", "alpha_pattern", "r", "lora_alpha", "alpha", "init_lora_weights", "init_weights",
-     "trainable_token_indices", "use_rslora", "peft_type", "bias"}
-)  # fmt: skip
+    {
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "layers",
+        "modules_to_save",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "share",
+        "handoff",
+        "rank_pattern",
+        "alpha_pattern",
+        "r",
+        "lora_alpha",
+        "alpha",
+        "init_lora_weights",
+        "init_weights",
+        "trainable_token_indices",
+        "use_rslora",
+        "peft_type",
+        "bias",
+    }
+)
 
 
 class RowView:
@@ -88,11 +111,15 @@ def forward(layer: Adapted, rows: Rows, x: Tensor, args: tuple, kwargs: dict) ->
         if isinstance(b.method, Gate):
             site, gate = layer.site, b.method
             if gate.gates(b.views[0])[0] and not gate.by_weight(site):
-                x = b.put(x, b.map(lambda p, v, g=gate: site.on_input(lambda u: g.pre(p, u), v), b.take(x)))
+                x = b.put(x, b.map(_before(gate, site), b.take(x)))
     y = layer.base_layer(x, *args, **kwargs)
     for b in buckets:
         y = _apply(b, layer, x, y)
     return y
+
+
+def _before(gate: Gate, site: Any) -> Callable[[Any, Tensor], Tensor]:
+    return lambda p, v: site.on_input(lambda u: gate.pre(p, u), v)
 
 
 def _apply(b: Bucket, layer: Adapted, x: Tensor, y: Tensor) -> Tensor:
@@ -179,7 +206,8 @@ def _buckets(layer: Adapted, rows: Rows, x: Tensor) -> list[Bucket]:
     index = rows.for_batch(len(x))
     if index is None:
         raise AdapterError(
-            f"{layer.site!r}: adapter_names has {len(rows.index)} entries and the batch {len(x)} rows; give one name a row"
+            f"{layer.site!r}: adapter_names has {len(rows.index)} entries and the batch {len(x)} rows; "
+            "give one name a row"
         )
     dtype = layer.compute_dtype(x)
     groups: dict[Any, list[int]] = {}
@@ -199,7 +227,9 @@ def _buckets(layer: Adapted, rows: Rows, x: Tensor) -> list[Bucket]:
         slots = slots[where].to(x.device)
         everyone = len(where) == len(index)
         out.append(
-            Bucket(views[members[0]].method, [views[i] for i in members], None if everyone else where.to(x.device), slots)
+            Bucket(
+                views[members[0]].method, [views[i] for i in members], None if everyone else where.to(x.device), slots
+            )
         )
     return out
 
@@ -211,5 +241,3 @@ def _key(view: View) -> Any:
     shapes = tuple((k, tuple(getattr(h, leaf).shape)) for k, (h, leaf) in sorted(view.where.items()))
     settings = tuple((k, repr(v)) for k, v in sorted(vars(view.cfg).items()) if k not in _IRRELEVANT)
     return method.name, shapes, settings
-
-

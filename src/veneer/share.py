@@ -29,9 +29,7 @@ from .layer import Adapted, attribute
 if TYPE_CHECKING:
     from .tuner import Tuner
 
-GRAMMAR = (
-    'the words are "all" (every layer), "pairs" (two in a row) and "groups:N" (N in a row, N at least 2)'
-)
+GRAMMAR = 'the words are "all" (every layer), "pairs" (two in a row) and "groups:N" (N in a row, N at least 2)'
 
 Named = Sequence[tuple[str, Adapted]]
 
@@ -57,8 +55,7 @@ def validate(share: Any, handoff: bool = False) -> None:
         run_length(words)
     if handoff and share:
         raise ValueError(
-            "share and handoff cannot be used together: layers that hold one tensor have nothing to hand to "
-            "each other"
+            "share and handoff cannot be used together: layers that hold one tensor have nothing to hand to each other"
         )
 
 
@@ -76,9 +73,7 @@ def leaf_name(path: str) -> str:
 
 def trained_heads(method: Method, cfg: Any, layer: Adapted) -> list[str]:
     """Storage names ("lora_A") of what a method trains on a layer."""
-    return list(
-        dict.fromkeys(k.partition(".")[0] for k, s in method.tensors(cfg, layer.site).items() if s.train)
-    )
+    return list(dict.fromkeys(k.partition(".")[0] for k, s in method.tensors(cfg, layer.site).items() if s.train))
 
 
 def check(cfg: Any, method: Method, layers: Sequence[Adapted], configs: Sequence[Any]) -> None:
@@ -89,18 +84,14 @@ def check(cfg: Any, method: Method, layers: Sequence[Adapted], configs: Sequence
         return
     validate(share, bool(getattr(cfg, "handoff", False)))
     refuse_own_init(cfg, method, "share")
-    known = dict.fromkeys(
-        h for layer, c in zip(layers, configs, strict=True) for h in trained_heads(method, c, layer)
-    )
+    known = dict.fromkeys(h for layer, c in zip(layers, configs, strict=True) for h in trained_heads(method, c, layer))
     for name in share:
         if name not in known:
             spelled = {k.lower(): k for k in known}
             near = get_close_matches(name.lower(), spelled, n=1)
             hint = f" (did you mean {spelled[near[0]]!r}?)" if near else ""
             have = ", ".join(known) or "none"
-            raise AdapterError(
-                f"share: {method.name} trains no tensor {name!r} on these layers{hint}; it has: {have}"
-            )
+            raise AdapterError(f"share: {method.name} trains no tensor {name!r} on these layers{hint}; it has: {have}")
 
 
 def refuse_own_init(cfg: Any, method: Method, option: str) -> None:

@@ -64,7 +64,7 @@ class Site(ABC):
     def bias(self) -> Tensor | None:
         return self.module._parameters.get(self.names[1])
 
-    def check(self, dropout: float) -> None:  # noqa: B027  (most layers have nothing to refuse)
+    def check(self, dropout: float) -> None:
         """Raise where this layer cannot be adapted, or not with this dropout on the adapter's input."""
 
     def to_canonical(self, W: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ class Site(ABC):
     def put_back(self, old: tuple[nn.Parameter, nn.Parameter | None]) -> None:
         now = self.stored
         for name, p in zip(self.names, old, strict=True):
-            if p is not None and p.device != now.device:
-                p.data = p.data.to(now.device)
+            if p is not None and (p.device, p.dtype) != (now.device, now.dtype):  # the model was moved or cast
+                p.data = p.data.to(device=now.device, dtype=now.dtype)
             if p is not None or name in self.module._parameters:
                 self.module._parameters[name] = p
 
@@ -277,7 +277,8 @@ class ConvSite(Site):
         axis = -1 - len(self.kernel)
         return f(x.movedim(axis, -1)).movedim(-1, axis)
 
-    on_output = on_input
+    def on_output(self, f: Callable[[Tensor], Tensor], y: Tensor) -> Tensor:
+        return self.on_input(f, y)
 
     def fold_input(self, f: Callable[[Tensor], Tensor], W: Tensor) -> Tensor:
         eye = torch.eye(self.inp, dtype=W.dtype, device=W.device)

@@ -72,11 +72,13 @@ def _bias_places(tuner: Tuner, adapter: str, prefix: str) -> Iterator[Place]:
     for path, module in tuner.model.named_modules():
         if module._parameters.get("bias") is None or ".lora_" in f".{path}" or ".modules_to_save." in path:
             continue
-        if mode == "all" or path.removesuffix(".base_layer") in adapted and path.endswith(".base_layer"):
+        if mode == "all" or (path.removesuffix(".base_layer") in adapted and path.endswith(".base_layer")):
             yield Place(f"{prefix}{path}.bias", module, "bias")
 
 
-def collect(tuner: Tuner, adapter: str, prefix: str = "base_model.model.", *, compact: bool = False) -> dict[str, Tensor]:
+def collect(
+    tuner: Tuner, adapter: str, prefix: str = "base_model.model.", *, compact: bool = False
+) -> dict[str, Tensor]:
     """File key -> tensor. compact: tensors that layers share once (only veneer reads it)."""
     out = {p.key: p.get().detach() for p in places(tuner, adapter, prefix) if p.saved}
     for key, t in out.items():
@@ -145,9 +147,14 @@ def _clean(key: str, adapter: str) -> str:
 
 
 def put(
-    tuner: Tuner, adapter: str, tensors: dict[str, Tensor], prefix: str = "base_model.model.", *,
-    ignore_mismatched_sizes: bool = False, extra: Callable[[str, Tensor], bool] | None = None,
-) -> LoadReport:  # fmt: skip
+    tuner: Tuner,
+    adapter: str,
+    tensors: dict[str, Tensor],
+    prefix: str = "base_model.model.",
+    *,
+    ignore_mismatched_sizes: bool = False,
+    extra: Callable[[str, Tensor], bool] | None = None,
+) -> LoadReport:
     """Assign a file's tensors to an adapter. Nothing is changed for a tensor whose shape differs.
 
     extra(key, tensor) may take keys that are not the adapter's (saved embeddings).
@@ -206,7 +213,9 @@ def base_device(place: Place, old: Tensor, tuner: Tuner) -> torch.device:
     return torch.device("cpu")
 
 
-def read(source: str | os.PathLike, subfolder: str | None = None, device: str = "cpu", **hub: Any) -> tuple[dict[str, Tensor], str]:
+def read(
+    source: str | os.PathLike, subfolder: str | None = None, device: str = "cpu", **hub: Any
+) -> tuple[dict[str, Tensor], str]:
     """An adapter's tensors and the path they came from; safetensors first, then an old .bin (weights only)."""
     from .files import BIN_NAME, SAFE_NAME, locate, read_tensors
 
@@ -231,9 +240,12 @@ def only(tensors: dict[str, Tensor], model: Any, adapter: str) -> dict[str, Tens
 
 
 def get_peft_model_state_dict(
-    model: Any, state_dict: dict[str, Tensor] | None = None, adapter_name: str = "default",
-    unwrap_compiled: bool = False, save_embedding_layers: str | bool = "auto",
-) -> dict[str, Tensor]:  # fmt: skip
+    model: Any,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
     """File key -> tensor of one adapter, of a PeftModel or of a model that inject_adapter_in_model changed."""
     from . import hub
     from .model import PeftModel
@@ -247,9 +259,12 @@ def get_peft_model_state_dict(
 
 
 def set_peft_model_state_dict(
-    model: Any, peft_model_state_dict: dict[str, Tensor], adapter_name: str = "default",
-    ignore_mismatched_sizes: bool = False, low_cpu_mem_usage: bool = False,
-) -> LoadReport:  # fmt: skip
+    model: Any,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadReport:
     """Put tensors under their file keys into an adapter; the report names what is missing or unexpected."""
     from . import hub
     from .model import PeftModel
@@ -274,14 +289,19 @@ def tuner_of(model: nn.Module) -> Tuner:
         return model
     found = model.__dict__.get("_veneer_tuner")
     if found is None:
-        raise AdapterError(f"{type(model).__name__} holds no adapters; call inject_adapter_in_model or get_peft_model first")
+        raise AdapterError(
+            f"{type(model).__name__} holds no adapters; call inject_adapter_in_model or get_peft_model first"
+        )
     return found[0]
 
 
 def inject_adapter_in_model(
-    peft_config: Any, model: nn.Module, adapter_name: str = "default", low_cpu_mem_usage: bool = False,
+    peft_config: Any,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
     state_dict: dict[str, Tensor] | None = None,
-) -> nn.Module:  # fmt: skip
+) -> nn.Module:
     """Adapt a model's layers in place and return the model itself, not a PeftModel.
 
     state_dict: adapt exactly the layers that a saved adapter holds. Raises ValueError for prompt methods, which act

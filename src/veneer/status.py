@@ -67,7 +67,9 @@ def _root(model: Any) -> nn.Module:
     if isinstance(base, Tuner):
         return base
     if not any(isinstance(m, Adapted) for m in model.modules()):
-        raise TypeError(f"{type(model).__name__} has no adapter layers: status is for models with adapters on their layers")
+        raise TypeError(
+            f"{type(model).__name__} has no adapter layers: status is for models with adapters on their layers"
+        )
     return model
 
 
@@ -85,7 +87,9 @@ def layer_status(model: Any) -> list[LayerStatus]:
                 enabled=layer.enabled,
                 active_adapters=layer.active_adapters,
                 merged_adapters=list(layer.merged_adapters),
-                requires_grad={n: _agree(p.requires_grad for p in layer.parameters_of(n)) for n in sorted(layer.entries)},
+                requires_grad={
+                    n: _agree(p.requires_grad for p in layer.parameters_of(n)) for n in sorted(layer.entries)
+                },
                 available_adapters=sorted(layer.entries),
                 devices={n: sorted({t.device.type for t in _tensors(layer, n)}) for n in layer.entries},
             )

@@ -93,7 +93,9 @@ def _linear(shape: tuple[int, ...], _: Site) -> nn.Module:
 def _conv(shape: tuple[int, ...], site: Site, down: bool) -> nn.Module:
     base: Any = site.module
     n = len(site.kernel)
-    m = _bare(type(base) if type(base) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1])
+    m = _bare(
+        type(base) if type(base) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) else (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
+    )
     keys = ("kernel_size", "stride", "padding", "dilation", "padding_mode", "_reversed_padding_repeated_twice")
     for key in keys:
         setattr(m, key, getattr(base, key))
@@ -122,19 +124,19 @@ def place(owner: nn.Module, storage: str, adapter: str, spec: Spec, value: Tenso
     head, _, leaf = storage.partition(".")
     tensor: Any = nn.Parameter(value, requires_grad=False) if spec.train else value
     if not leaf:
-        box = owner._modules.get(head)
+        box: Any = owner._modules.get(head)
         if box is None:
             box = nn.ParameterDict() if spec.train else BufferDict()
             owner.add_module(head, box)
-        box[adapter] = tensor  # type: ignore[index]
+        box[adapter] = tensor
         return
-    boxes = owner._modules.get(head)
+    boxes: Any = owner._modules.get(head)
     if boxes is None:
         boxes = nn.ModuleDict()
         owner.add_module(head, boxes)
-    if adapter not in boxes:  # type: ignore[operator]
-        boxes[adapter] = make_slot(spec, site)  # type: ignore[index]
-    slot = boxes[adapter]  # type: ignore[index]
+    if adapter not in boxes:
+        boxes[adapter] = make_slot(spec, site)
+    slot = boxes[adapter]
     if spec.train:
         slot.register_parameter(leaf, tensor)
     else:

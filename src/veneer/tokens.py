@@ -149,9 +149,7 @@ def _named(tuner: Tuner, asked: Any) -> Iterator[tuple[str, list[int]]]:
             yield path, list(ids)
 
 
-def _add(
-    tuner: Tuner, name: str, path: str, ids: list[int], method: Any, *, meta: bool, fill: bool
-) -> Adapted:
+def _add(tuner: Tuner, name: str, path: str, ids: list[int], method: Any, *, meta: bool, fill: bool) -> Adapted:
     from .inject import Target, add_one
 
     cfg = method.Config(token_indices=ids)

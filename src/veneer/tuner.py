@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from . import inject as injection
 from . import registry, storage
 from .config import PeftConfig
 from .context import Host
-from .errors import AdapterError
+from .errors import AdapterError, PeftWarning
 from .layer import Adapted, attribute
 from .replace import SavedModule
 from .site import Site
@@ -26,10 +27,16 @@ class Tuner(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, peft_config: PeftConfig | dict[str, PeftConfig], adapter_name: str = "default", *,
-        low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None, autocast_adapter_dtype: bool = True,
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str = "default",
+        *,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+        autocast_adapter_dtype: bool = True,
         fill: bool = True,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.model = model
         self.host = Host()
@@ -106,7 +113,9 @@ class Tuner(nn.Module):
 
     def check_new(self, name: str, cfg: Any) -> None:
         if not isinstance(name, str) or not name or "." in name:
-            raise AdapterError(f"adapter name {name!r}: use a non-empty name without dots; it becomes part of tensor names")
+            raise AdapterError(
+                f"adapter name {name!r}: use a non-empty name without dots; it becomes part of tensor names"
+            )
         if name in self.peft_config:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
         method = registry.method_of(cfg)
@@ -157,8 +166,16 @@ class Tuner(nn.Module):
         return self.host.active[0] if len(self.host.active) == 1 else list(self.host.active)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters and make exactly their tensors trainable (none in inference mode)."""
+        """Activate adapters and make exactly their tensors trainable (none in inference mode).
+
+        A merged model is unmerged first, with a warning.
+        """
         names = self.known(adapter_name)
+        if any(layer.merged for _, layer in self.layers()):
+            warnings.warn(
+                "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=2
+            )
+            self.unmerge_adapter()
         for _, m in self.wrappers():
             m.own_active = None
         self.host.activate(names)
@@ -193,7 +210,9 @@ class Tuner(nn.Module):
                 if name in layer.entries and b is not None:
                     b.requires_grad_(True)
         else:
-            raise NotImplementedError(f"Requested bias: {mode}, is not implemented; use 'none', 'all' or '<method>_only'")
+            raise NotImplementedError(
+                f"Requested bias: {mode}, is not implemented; use 'none', 'all' or '<method>_only'"
+            )
 
     def enable_adapter_layers(self) -> None:
         self.host.enable(True)
@@ -260,7 +279,10 @@ class Tuner(nn.Module):
         config: Any = getattr(self.model, "config", None)
         if config is None or not getattr(config, "tie_word_embeddings", False):
             return
-        get_in, get_out = getattr(self.model, "get_input_embeddings", None), getattr(self.model, "get_output_embeddings", None)
+        get_in, get_out = (
+            getattr(self.model, "get_input_embeddings", None),
+            getattr(self.model, "get_output_embeddings", None),
+        )
         if get_in is None or get_out is None:
             return
         first, second = get_in(), get_out()
@@ -272,10 +294,14 @@ class Tuner(nn.Module):
             config.tie_word_embeddings = False
 
     def add_weighted_adapter(
-        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "svd",
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
         **options: Any,
-    ) -> Any:  # fmt: skip
-        """A new LoRA adapter from a weighted sum of others; see combine.add_weighted_adapter, whose report it returns."""
+    ) -> Any:
+        """A new LoRA adapter from a weighted sum of others; see combine.add_weighted_adapter; returns its report."""
         from .combine import add_weighted_adapter
 
         return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)

@@ -25,9 +25,7 @@ def partners(model: nn.Module, path: str) -> list[str]:
     plain = dict(plain_modules(model, saved=True))
     weight = plain[path]._parameters.get("weight") if path in plain else None
     return (
-        []
-        if weight is None
-        else [p for p, m in plain.items() if p != path and m._parameters.get("weight") is weight]
+        [] if weight is None else [p for p, m in plain.items() if p != path and m._parameters.get("weight") is weight]
     )
 
 
@@ -79,7 +77,5 @@ def tie_factors(name: str, layers: Iterable[Adapted]) -> None:
                 held: Any = layer._modules[mine]
                 held[name] = slot
                 entry.where[mine] = (slot, "weight")
-                entry.specs[f"{mine}.weight"] = dataclasses.replace(
-                    entry.specs[f"{mine}.weight"], train=False
-                )
+                entry.specs[f"{mine}.weight"] = dataclasses.replace(entry.specs[f"{mine}.weight"], train=False)
             layer.changed()

@@ -125,9 +125,7 @@ def parse_word(text: str) -> Word:
         return Word(text, lambda s: range(start, s.length, step), need=start + 1)
     if m := re.fullmatch(r"(first|last|middle):(\d+)(%)?", text):
         if int(m[2]) < 1 or (m[3] and int(m[2]) > 100):
-            raise ValueError(
-                f"layers: {text!r} asks for {m[2]}{m[3] or ' layers'}; give 1 to 100% or 1 layer up"
-            )
+            raise ValueError(f"layers: {text!r} asks for {m[2]}{m[3] or ' layers'}; give 1 to 100% or 1 layer up")
         return Word(text, _ends(m[1], m[2], m[3]), need=0 if m[3] else int(m[2]))
     if m := re.fullmatch(r"(\d+)(?:-(\d+))?", text):
         low, high = int(m[1]), int(m[2] or m[1])
@@ -183,9 +181,7 @@ def select_layers(stacks: list[Stack], words: str | int | Iterable[str | int]) -
 def _places(word: Word, stacks: list[Stack]) -> set[Place]:
     longest = max(stack.length for stack in stacks)
     if word.need > longest:
-        raise ValueError(
-            f"layers: {word.text!r} needs {word.need} layers, but the model has {_listing(stacks)}"
-        )
+        raise ValueError(f"layers: {word.text!r} needs {word.need} layers, but the model has {_listing(stacks)}")
     places = {(stack.path, i) for stack in stacks for i in word.pick(stack)}
     if not places:
         raise ValueError(f"layers: {word.text!r} picks nothing; the model has {_listing(stacks)}")
@@ -194,8 +190,7 @@ def _places(word: Word, stacks: list[Stack]) -> set[Place]:
 
 def _listing(stacks: list[Stack]) -> str:
     return ", ".join(
-        f"{s.path or 'the model itself'} (layers 0-{s.length - 1}{', ' + s.side if s.side else ''})"
-        for s in stacks
+        f"{s.path or 'the model itself'} (layers 0-{s.length - 1}{', ' + s.side if s.side else ''})" for s in stacks
     )
 
 

@@ -12,9 +12,7 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[2] / "src"
-WORDS = (
-    "please send me two three four red green blue apples pears plums to the shop of Ada Bob Eve in Paris Rome"
-)
+WORDS = "please send me two three four red green blue apples pears plums to the shop of Ada Bob Eve in Paris Rome"
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -29,9 +27,7 @@ def _tokenizer(folder: Path, special: dict[str, str], chat_template: str | None)
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=list(special.values()), initial_alphabet=alphabet
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=list(special.values()), initial_alphabet=alphabet)
     raw.train_from_iterator([WORDS, '{"items": 3, "colour": "red"} user assistant system'], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, **special)
     tokenizer.chat_template = chat_template
@@ -96,9 +92,7 @@ def chat_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         colour, count = ("red", "green", "blue")[i % 3], ("two", "three", "four")[i % 4 % 3]
         prompt = f"please send {count} {colour} apples" + (" <script>alert(1)</script>" if i == 0 else "")
         answer = json.dumps({"items": count, "colour": colour})
-        rows.append(
-            {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-        )
+        rows.append({"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

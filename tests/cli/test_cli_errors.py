@@ -42,9 +42,7 @@ def test_a_missing_recipe_names_the_file(tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
-def test_an_unknown_key_has_its_line_and_the_nearest_name(
-    tmp_path: Path, tiny_lm: Path, chat_rows: Path
-) -> None:
+def test_an_unknown_key_has_its_line_and_the_nearest_name(tmp_path: Path, tiny_lm: Path, chat_rows: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"task: causal-lm\nbase: {tiny_lm}\ndata: {chat_rows}\nadapter:\n  method: lora\n  lora_alhpa: 8\n"

@@ -84,14 +84,10 @@ def test_report_of_a_real_run(trained: tuple[Path, str]) -> None:
     assert yaml.safe_load(head)["library_name"] == "peft"
 
 
-def test_recipe_of_a_run_trains_again(
-    trained: tuple[Path, str], tmp_path: Path, veneer_command: Command
-) -> None:
+def test_recipe_of_a_run_trains_again(trained: tuple[Path, str], tmp_path: Path, veneer_command: Command) -> None:
     out, _ = trained
     again = tmp_path / "again"
-    recipe = yaml.safe_load(
-        invoke("train", out / "recipe.yaml", "--out", again, "--set", "adapter.r=3", "--dry-run")
-    )
+    recipe = yaml.safe_load(invoke("train", out / "recipe.yaml", "--out", again, "--set", "adapter.r=3", "--dry-run"))
     assert recipe["adapter"]["r"] == 3
     assert recipe["out"] == str(again)
     assert not again.exists()
@@ -114,9 +110,7 @@ def test_batches_and_streams_agree(trained: tuple[Path, str]) -> None:
     from veneer.train.use import load
 
     loaded = load(str(trained[0]))
-    prompts = [
-        [{"role": "user", "content": text}] for text in ("send red", "please send two blue pears to Eve")
-    ]
+    prompts = [[{"role": "user", "content": text}] for text in ("send red", "please send two blue pears to Eve")]
     sampling = Sampling(max_new_tokens=8)
     pieces: list[str] = []
     alone = [stream(loaded.model, loaded.tokenizer, p, sampling, pieces.append) for p in prompts]
@@ -218,9 +212,7 @@ def test_the_model_is_asked_as_it_was_trained(trained: tuple[Path, str], tmp_pat
     as_chat = invoke(*words)
     write_asking(Asking(chat=True, system="Bob"), copy)
     with_system = invoke(*words)
-    assert with_system == invoke(
-        "generate", trained[0], "-p", "send red", "--max-new-tokens", 6, "--system", "Bob"
-    )
+    assert with_system == invoke("generate", trained[0], "-p", "send red", "--max-new-tokens", 6, "--system", "Bob")
     write_asking(Asking(chat=False), copy)
     assert len({as_chat, with_system, invoke(*words)}) == 3
     (copy / "asking.json").write_text('{"chat": "yes"}')
@@ -256,9 +248,7 @@ def test_spans_follow_bio() -> None:
     assert spans([]) == []
 
 
-def test_quickstart_and_every_command_it_prints(
-    tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quickstart_and_every_command_it_prints(tiny_lm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tiny = ["base.name=" + str(tiny_lm), "data.max_length=1000", "eval.max_new_tokens=4", "train.max_steps=2"]
     words = [word for override in tiny for word in ("--set", override)]
@@ -272,9 +262,7 @@ def test_quickstart_and_every_command_it_prints(
     }
     lines = printed.split("Try next", 1)[1].splitlines()
     commands = [
-        shlex.split(line)
-        for line in lines
-        if " veneer " in f" {line} " and "#" not in line.split("--prompt")[0]
+        shlex.split(line) for line in lines if " veneer " in f" {line} " and "#" not in line.split("--prompt")[0]
     ]
     names = [command[command.index("veneer") + 1] for command in commands]
     assert names == ["chat", "generate", "train", "merge"]

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     BertConfig,
-    BertForSequenceClassification,
     BertForTokenClassification,
-    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -32,9 +30,9 @@ def llama(**changes: Any) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**options)).eval()
 
 
-def bert(head: type[PreTrainedModel] = BertForTokenClassification) -> PreTrainedModel:
+def bert(head: type[PreTrainedModel] = BertForTokenClassification, num_labels: int = 3) -> PreTrainedModel:
     torch.manual_seed(0)
-    return head(BertConfig(**SMALL, num_labels=3)).eval()
+    return head(BertConfig(**SMALL, num_labels=num_labels)).eval()
 
 
 def gpt2() -> PreTrainedModel:
@@ -46,9 +44,6 @@ def t5() -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
     return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
-
-
-HEADS = {"TOKEN_CLS": BertForTokenClassification, "SEQ_CLS": BertForSequenceClassification, "FEATURE_EXTRACTION": BertModel}
 
 
 def tokens(rows: int = 3, length: int = 7) -> Tensor:

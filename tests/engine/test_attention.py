@@ -58,9 +58,7 @@ def test_equals_peft_in_names_outputs_and_gradients(kind):
     for (
         n,
         g,
-    ) in (
-        grads.items()
-    ):  # peft adds the projection's change twice and derives it once; ours is the true gradient
+    ) in grads.items():  # peft adds the projection's change twice and derives it once; ours is the true gradient
         factor = 2 if "out_proj" in n else 1
         assert torch.allclose(mine[n], factor * g, rtol=1e-3, atol=1e-4 * g.abs().max().item()), n
 
@@ -125,9 +123,7 @@ def test_a_batch_that_mixes_adapters_is_refused_and_a_uniform_one_served():
     assert torch.allclose(ours(q, q, adapter_names=["default"] * 2), ours(q, q))
 
 
-@pytest.mark.parametrize(
-    "targets", [["self_attn"], ["linear1", "linear2"], ["self_attn", "linear1"], ["out_proj"]]
-)
+@pytest.mark.parametrize("targets", [["self_attn"], ["linear1", "linear2"], ["self_attn", "linear1"], ["out_proj"]])
 def test_fused_inference_of_an_encoder_sees_the_adapters(targets):
     def make():
         torch.manual_seed(0)

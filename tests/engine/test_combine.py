@@ -237,12 +237,8 @@ def test_svd_clamp_cuts_both_factors() -> None:
     A, B = layer.lora_A["free"].weight, layer.lora_B["free"].weight
     entries = torch.cat([A.flatten(), B.flatten()])
     limit = torch.quantile(torch.cat([entries, -entries]), 0.9)
-    torch.testing.assert_close(
-        layer.lora_A["cut"].weight.abs(), A.clamp(-limit, limit).abs(), atol=1e-5, rtol=1e-4
-    )
-    torch.testing.assert_close(
-        layer.lora_B["cut"].weight.abs(), B.clamp(-limit, limit).abs(), atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(layer.lora_A["cut"].weight.abs(), A.clamp(-limit, limit).abs(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(layer.lora_B["cut"].weight.abs(), B.clamp(-limit, limit).abs(), atol=1e-5, rtol=1e-4)
 
 
 def test_quantile_and_dare() -> None:

@@ -92,10 +92,7 @@ DIFFERS = {
 
 def matched(model: nn.Module, targets: Any) -> set[str]:
     try:
-        return {
-            m.name
-            for m in match_targets(model, SimpleNamespace(target_modules=targets, allow_unmatched=True))
-        }
+        return {m.name for m in match_targets(model, SimpleNamespace(target_modules=targets, allow_unmatched=True))}
     except NoMatchingModuleError:
         return set()
 
@@ -175,9 +172,7 @@ def test_same_name_elsewhere_is_told_apart() -> None:
 
 
 def test_no_attention_is_an_error() -> None:
-    with pytest.raises(
-        ValueError, match=r"no default targets for Sequential .*specify `target_modules`.*: 0, 1"
-    ):
+    with pytest.raises(ValueError, match=r"no default targets for Sequential .*specify `target_modules`.*: 0, 1"):
         default_targets(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), None)
     with pytest.raises(ValueError, match="no layer norms"):
         default_targets(nn.Sequential(nn.Linear(2, 2)), None, "ln_tuning")

@@ -33,9 +33,7 @@ MODELS = {
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=3)),
     "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=3)),
     "deepseek_v3": lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**(SIZES | LATENT))),
-    "qwen2_moe": lambda: Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(**SIZES, num_experts=3, moe_intermediate_size=24)
-    ),
+    "qwen2_moe": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, num_experts=3, moe_intermediate_size=24)),
 }
 IDS = torch.tensor([[1, 2, 3, 4], [7, 8, 9, 5]])
 LLAMA = ["gate_proj", "up_proj", "down_proj"]

@@ -12,8 +12,18 @@ import pytest
 
 import veneer
 
-OWN = {"AdapterError", "CannotMerge", "LoadError", "LoadReport", "PeftWarning", "matrices", "Matrices", "LayerwiseHandoff",
-       "hand_off", "__version__"}  # fmt: skip
+OWN = {
+    "AdapterError",
+    "CannotMerge",
+    "LoadError",
+    "LoadReport",
+    "PeftWarning",
+    "matrices",
+    "Matrices",
+    "LayerwiseHandoff",
+    "hand_off",
+    "__version__",
+}
 
 SCRIPT = """
 import torch
@@ -79,16 +89,46 @@ def test_names_are_pefts() -> None:
 
 def test_everyday_names_of_peft_are_here() -> None:
     wanted = {
-        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
-        "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
-        "IA3Config", "LNTuningConfig", "LoHaConfig", "LoraConfig", "OFTConfig", "PeftConfig", "PeftMixedModel", "PeftModel",
-        "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
-        "PeftModelForSequenceClassification", "PeftModelForTokenClassification", "PeftType", "PrefixTuningConfig",
-        "PromptLearningConfig", "PromptTuningConfig", "PromptTuningInit", "TaskType", "TrainableTokensConfig", "VeraConfig",
-        "get_layer_status", "get_model_status", "get_peft_config", "get_peft_model", "get_peft_model_state_dict",
-        "inject_adapter_in_model", "load_peft_weights", "set_peft_model_state_dict", "PEFT_TYPE_TO_CONFIG_MAPPING",
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+        "IA3Config",
+        "LNTuningConfig",
+        "LoHaConfig",
+        "LoraConfig",
+        "OFTConfig",
+        "PeftConfig",
+        "PeftMixedModel",
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "PeftType",
+        "PrefixTuningConfig",
+        "PromptLearningConfig",
+        "PromptTuningConfig",
+        "PromptTuningInit",
+        "TaskType",
+        "TrainableTokensConfig",
+        "VeraConfig",
+        "get_layer_status",
+        "get_model_status",
+        "get_peft_config",
+        "get_peft_model",
+        "get_peft_model_state_dict",
+        "inject_adapter_in_model",
+        "load_peft_weights",
+        "set_peft_model_state_dict",
+        "PEFT_TYPE_TO_CONFIG_MAPPING",
         "cast_mixed_precision_params",
-    }  # fmt: skip
+    }
     assert wanted <= set(dir(peft))
     assert wanted <= set(dir(veneer))
 
@@ -114,7 +154,8 @@ def test_importing_veneer_is_light() -> None:
 def test_lora_needs_no_transformers() -> None:
     code = (
         "import sys, torch, veneer\n"
-        "m = veneer.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 3)), veneer.LoraConfig(target_modules=['0']))\n"
+        "net = torch.nn.Sequential(torch.nn.Linear(4, 3))\n"
+        "m = veneer.get_peft_model(net, veneer.LoraConfig(target_modules=['0']))\n"
         "m(torch.ones(1, 4)); m.merge_and_unload()\n"
         "print([x for x in ('transformers', 'datasets', 'peft') if x in sys.modules])"
     )

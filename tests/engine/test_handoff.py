@@ -76,9 +76,7 @@ def test_hand_off_copies_and_keeps_the_function() -> None:
     assert a(model, Q.format(0)) is not a(model, Q.format(2))
     assert torch.equal(model(IDS).logits, before)
     train_b(model)
-    both = hand_off(
-        model, "default", "0.self_attn.q_proj", "1.self_attn.v_proj", tensors=["lora_A", "lora_B"]
-    )
+    both = hand_off(model, "default", "0.self_attn.q_proj", "1.self_attn.v_proj", tensors=["lora_A", "lora_B"])
     assert both == ["lora_A.weight", "lora_B.weight"]
     first, second = layers(model)[Q.format(0)], layers(model)[V.format(1)]
     torch.testing.assert_close(first.delta("default"), second.delta("default"))
@@ -114,9 +112,7 @@ def test_a_new_adapter_starts_from_the_layer_before() -> None:
     model.add_adapter("second", lora(layers_to_transform=[1, 2], handoff=True))
     assert torch.equal(a(model, Q.format(1), "second"), a(model, Q.format(0), "first"))
     assert torch.equal(a(model, Q.format(2), "second"), a(model, Q.format(1), "first"))
-    assert not torch.equal(
-        a(model, V.format(1), "second"), a(model, Q.format(0), "first")
-    )  # no v_proj before it
+    assert not torch.equal(a(model, V.format(1), "second"), a(model, Q.format(0), "first"))  # no v_proj before it
     model.set_adapter("second")
     with model.disable_adapter():
         base = model(IDS).logits
@@ -160,11 +156,7 @@ def test_refusals() -> None:
 def trainable(model: Any) -> list[int]:
     """Blocks whose adapter tensors train."""
     return sorted(
-        {
-            int(n.split("layers.")[1][0])
-            for n, p in model.named_parameters()
-            if p.requires_grad and "lora_" in n
-        }
+        {int(n.split("layers.")[1][0]) for n, p in model.named_parameters() if p.requires_grad and "lora_" in n}
     )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import veneer
+from veneer import PeftWarning
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -52,12 +53,44 @@ def test_merge_by_name() -> None:
 
 def test_an_adapter_that_is_merged_cannot_be_deleted() -> None:
     model = adapted("default", "b")
+    model.set_adapter("b")
+    y = logits(model)
     model.merge_adapter(["b"])
     with pytest.raises(ValueError, match="unmerge"):
         model.delete_adapter("b")
     model.unmerge_adapter()
+    assert torch.equal(logits(model), y)
     model.delete_adapter("b")
     assert list(model.peft_config) == ["default"]
+
+
+def test_setting_another_adapter_unmerges() -> None:
+    model = adapted("default", "b")
+    model.set_adapter("b")
+    y = logits(model)
+    model.set_adapter("default")
+    model.merge_adapter()
+    with pytest.warns(PeftWarning, match="Unmerging"):
+        model.set_adapter("b")
+    assert torch.equal(logits(model), y)
+
+
+def test_a_model_cast_while_merged_unmerges_in_its_new_dtype() -> None:
+    model = adapted("default")
+    base = llama().to(torch.bfloat16)
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(model.unload()), logits(base))
+
+
+def test_saved_while_merged(tmp_path: Path) -> None:
+    model = adapted("default")
+    y = logits(model)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(veneer.PeftModel.from_pretrained(llama(), tmp_path)), y)
 
 
 def test_merge_and_unload_leaves_a_plain_model() -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any
 
 import peft
 import pytest
 import torch
-from api_zoo import adapted, bert, llama, logits, lora, moved, t5, tokens
+from api_zoo import adapted, bert, llama, logits, lora, moved, tokens
 from torch import nn
 
 import veneer
@@ -167,128 +166,6 @@ def test_one_adapter_with_bias_only() -> None:
         model.add_adapter("b", lora(target_modules=["query"], bias="all"))
 
 
-# -- rows of a batch ---------------------------------------------------------------------------------------
-def test_adapter_names_by_row() -> None:
-    model = adapted("default", "b", "c")
-    x = tokens(4)
-    alone = []
-    for i, name in enumerate(["c", "__base__", "default", "b"]):
-        model.set_adapter("default" if name == "__base__" else name)
-        if name == "__base__":
-            with model.disable_adapter():
-                alone.append(logits(model, x[i : i + 1]))
-        else:
-            alone.append(logits(model, x[i : i + 1]))
-    y = logits(model, x, adapter_names=["c", "__base__", "default", "b"])
-    torch.testing.assert_close(y, torch.cat(alone), atol=1e-5, rtol=1e-5)
-
-
-def test_adapter_names_are_checked() -> None:
-    model = adapted("default", "b")
-    with pytest.raises(ValueError, match="'nope' not found; this model has: 'default', 'b'"):
-        logits(model, adapter_names=["default", "nope", "b"])
-    with pytest.raises(ValueError, match="give one name a row"):
-        logits(model, adapter_names=["default", "b"])
-    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
-        logits(model.train(), adapter_names=["default"] * 3)
-
-
-@pytest.mark.parametrize(
-    "search", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}, {"do_sample": True, "top_k": 1}], ids=str
-)
-def test_generate_with_adapter_names(search: dict[str, Any]) -> None:
-    model, x = adapted("default", "b"), tokens(3)
-    options = {"max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None, **search}
-    n = search.get("num_return_sequences", 1)
-    mixed = model.generate(input_ids=x, adapter_names=["b", "__base__", "default"], **options)
-    for i, name in enumerate(["b", None, "default"]):
-        if name is None:
-            with model.disable_adapter():
-                alone = model.generate(input_ids=x[i : i + 1], **options)
-        else:
-            model.set_adapter(name)
-            alone = model.generate(input_ids=x[i : i + 1], **options)
-        assert torch.equal(mixed[i * n : (i + 1) * n], alone), name
-
-
-def test_generate_with_adapter_names_and_sampled_sequences() -> None:
-    """Several sampled sequences a prompt widen the batch; the names follow."""
-    model, x = adapted("default", "b"), tokens(2)
-    options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "do_sample": True, "top_k": 1}
-    y = model.generate(input_ids=x, adapter_names=["b", "default"], num_return_sequences=2, **options)
-    model.set_adapter("b")
-    assert torch.equal(y[:1], model.generate(input_ids=x[:1], **options))
-    assert torch.equal(y[0], y[1])
-
-
-def test_generate_with_adapter_names_on_an_encoder_decoder() -> None:
-    model = veneer.get_peft_model(t5(), lora(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
-    model.add_adapter("b", lora(target_modules=["q", "wi"], task_type="SEQ_2_SEQ_LM"))
-    for i, name in enumerate(["default", "b"]):
-        model.set_adapter(name)
-        moved(model, seed=i, scale=0.5)
-    x = tokens(2)
-    for beams in (1, 3):
-        options = {"max_new_tokens": 5, "num_beams": beams, "eos_token_id": None}
-        y = model.generate(input_ids=x, adapter_names=["b", "default"], **options)
-        for i, name in enumerate(["b", "default"]):
-            model.set_adapter(name)
-            assert torch.equal(y[i : i + 1], model.generate(input_ids=x[i : i + 1], **options)), (beams, name)
-
-
-# -- status ---------------------------------------------------------------------------------------------------
-def status(package: Any, what: str, prepare: Any = None) -> Any:
-    kwargs = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-    model = package.get_peft_model(llama(), package.LoraConfig(**kwargs))
-    model.add_adapter("b", package.LoraConfig(**{**kwargs, "target_modules": ["q_proj"]}))
-    if prepare is not None:
-        prepare(model)
-    found = getattr(model, what)()
-    return [dataclasses.asdict(s) for s in found] if isinstance(found, list) else dataclasses.asdict(found)
-
-
-STEPS = {
-    "fresh": None,
-    "other active": lambda m: m.set_adapter("b"),
-    "two active": lambda m: m.base_model.set_adapter(["default", "b"]),
-    "merged": lambda m: m.merge_adapter(["default"]),
-    "frozen": lambda m: m.set_requires_grad("default", requires_grad=False),
-    "disabled": lambda m: m.base_model.disable_adapter_layers(),
-}
-
-
-@pytest.mark.parametrize("step", STEPS)
-def test_model_status_equals_peft(step: str) -> None:
-    ours, theirs = status(veneer, "get_model_status", STEPS[step]), status(peft, "get_model_status", STEPS[step])
-    for key in ("base_model_type", "peft_types", "trainable_params", "total_params", "num_adapter_layers", "enabled",
-                "active_adapters", "merged_adapters", "requires_grad", "available_adapters", "devices"):  # fmt: skip
-        if step == "disabled" and key in ("trainable_params", "requires_grad"):
-            continue  # disabling is a switch of the output here and does not freeze
-        assert ours[key] == theirs[key], key
-
-
-@pytest.mark.parametrize("step", [s for s in STEPS if s != "disabled"])
-def test_layer_status_equals_peft(step: str) -> None:
-    ours, theirs = status(veneer, "get_layer_status", STEPS[step]), status(peft, "get_layer_status", STEPS[step])
-    assert [s["name"] for s in ours] == [s["name"] for s in theirs]
-    for a, b in zip(ours, theirs, strict=True):
-        for key in ("module_type", "enabled", "active_adapters", "merged_adapters", "requires_grad",
-                    "available_adapters", "devices"):  # fmt: skip
-            assert a[key] == b[key], (a["name"], key)
-
-
-def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = []
-    for package in (veneer, peft):
-        model = package.get_peft_model(llama(), package.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-        model.print_trainable_parameters()
-        printed.append(capsys.readouterr().out)
-        trained, total = model.get_nb_trainable_parameters()
-        assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert total == sum(p.numel() for p in model.parameters())
-    assert printed[0] == printed[1]
-
-
 # -- mixed model, injection -----------------------------------------------------------------------------------
 def test_mixed_model() -> None:
     model = veneer.get_peft_model(llama(), lora(), adapter_name="a", mixed=True)
@@ -351,7 +228,9 @@ def test_low_cpu_mem_usage_makes_no_memory() -> None:
     own = [p for n, p in model.named_parameters() if "lora_" in n]
     assert own
     assert all(p.is_meta for p in own)
-    veneer.set_peft_model_state_dict(model, veneer.get_peft_model_state_dict(adapted("default")), low_cpu_mem_usage=True)
+    veneer.set_peft_model_state_dict(
+        model, veneer.get_peft_model_state_dict(adapted("default")), low_cpu_mem_usage=True
+    )
     assert torch.equal(logits(model), logits(adapted("default")))
 
 

@@ -176,12 +176,8 @@ def test_save_and_load(tmp_path):
     ours.save_pretrained(tmp_path)
     y = run(ours, "net")
     assert torch.equal(run(veneer.PeftModel.from_pretrained(build("net"), tmp_path), "net"), y)
-    assert torch.equal(
-        run(veneer.PeftModel.from_pretrained(build("net"), tmp_path, low_cpu_mem_usage=True), "net"), y
-    )
-    assert torch.allclose(
-        run(peft.PeftModel.from_pretrained(build("net"), tmp_path), "net"), y, rtol=1e-5, atol=1e-3
-    )
+    assert torch.equal(run(veneer.PeftModel.from_pretrained(build("net"), tmp_path, low_cpu_mem_usage=True), "net"), y)
+    assert torch.allclose(run(peft.PeftModel.from_pretrained(build("net"), tmp_path), "net"), y, rtol=1e-5, atol=1e-3)
 
 
 def test_an_error_in_the_call_restores_the_parameters():

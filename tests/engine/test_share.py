@@ -213,9 +213,7 @@ def test_keys_compact_and_expand() -> None:
     key = "base_model.model.layers.{}.q.lora_A.weight"
     assert share.groups(t, "default") == [[key.format(0), key.format(1)], [key.format(2), key.format(3)]]
     for prefix in ("base_model.model.", ""):
-        whole = {
-            f"{prefix}{p}.{k}": getattr(h, leaf).detach() for p, k, _, h, leaf in t.tensor_names("default")
-        }
+        whole = {f"{prefix}{p}.{k}": getattr(h, leaf).detach() for p, k, _, h, leaf in t.tensor_names("default")}
         small = share.compact(whole, t, "default")
         assert len(whole) - len(small) == 2
         back = share.expand(small, t, "default")
@@ -237,9 +235,7 @@ def test_bad_words(given: Any) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match="handoff"):
         lora(share={"lora_A": "all"}, handoff=True)
-    with pytest.raises(
-        AdapterError, match=r"no tensor 'lora_a'.*did you mean 'lora_A'.*it has: lora_A, lora_B"
-    ):
+    with pytest.raises(AdapterError, match=r"no tensor 'lora_a'.*did you mean 'lora_A'.*it has: lora_A, lora_B"):
         Tuner(net(), lora(share={"lora_a": "all"}))
     with pytest.raises(AdapterError, match="it has: vera_lambda_"):
         Tuner(net(), VeraConfig(target_modules=["q"], r=2, share={"vera_A": "all"}))
@@ -252,9 +248,7 @@ def test_refusals() -> None:
 
 
 def test_a_tensor_that_starts_from_the_weight_is_refused() -> None:
-    with pytest.raises(
-        AdapterError, match="'lora_magnitude_vector' of DORA starts from each layer's own weight"
-    ):
+    with pytest.raises(AdapterError, match="'lora_magnitude_vector' of DORA starts from each layer's own weight"):
         Tuner(net(), lora(use_dora=True, share={"lora_magnitude_vector": "all"}))
     model = net()
     with torch.no_grad():

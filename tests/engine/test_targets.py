@@ -52,9 +52,7 @@ class Toy(nn.Module):
         self.emb = nn.Embedding(5, 4)
         self.lin0 = nn.Linear(4, 4)
         self.conv = nn.Conv1d(4, 4, 1)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2)
-        )
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)) for _ in range(2))
         self.mha = nn.MultiheadAttention(4, 2)
         self.score = nn.Linear(4, 2)
         self.lm_head = nn.Linear(4, 2)
@@ -355,13 +353,9 @@ def test_other_errors() -> None:
         TargetSpec.from_config(SimpleNamespace(layers_to_transform=["1"]))
     with pytest.raises(ValueError, match="not both"):
         TargetSpec.from_config(SimpleNamespace(layers="even", layers_to_transform=[1]))
-    with pytest.raises(
-        NoMatchingModuleError, match=r"'gate_proj' matches nothing; did you mean 'gate_up_proj'"
-    ):
+    with pytest.raises(NoMatchingModuleError, match=r"'gate_proj' matches nothing; did you mean 'gate_up_proj'"):
         match_parameters(build("mixtral"), ["down_proj", "gate_proj"])
-    with pytest.raises(
-        ValueError, match=r"model.norm.weight \(16, matched by 'model.norm.weight'\) has 1 dim"
-    ):
+    with pytest.raises(ValueError, match=r"model.norm.weight \(16, matched by 'model.norm.weight'\) has 1 dim"):
         match_parameters(build("mixtral"), ["model.norm.weight"])
     with pytest.raises(TypeError, match="list of names"):
         match_parameters(build("mixtral"), "down_proj")
@@ -380,9 +374,7 @@ def test_unsupported_module_is_an_error() -> None:
         return isinstance(module, (nn.Linear, Conv1D))
 
     config = SimpleNamespace(target_modules=["lin0", "conv"])
-    with pytest.raises(
-        ValueError, match=r"Target module conv \(Conv1d, matched by 'conv'\) is not supported"
-    ):
+    with pytest.raises(ValueError, match=r"Target module conv \(Conv1d, matched by 'conv'\) is not supported"):
         match_targets(Toy(), config, is_adaptable=is_linear)
     with pytest.raises(ValueError, match=r"blocks\.0 \(Sequential"):
         match_targets(Toy(), SimpleNamespace(target_modules=["0"]), is_adaptable=is_linear)
@@ -425,9 +417,7 @@ def test_words_apply_to_every_kind_of_pattern() -> None:
     assert len(everything) == 7
     assert all(name.startswith("model.layers.1.") for name in everything)
     assert by_veneer(build("bart"), "bart", layers="decoder&first:1") == {
-        f"model.decoder.layers.0.{attention}.{p}_proj"
-        for attention in ("self_attn", "encoder_attn")
-        for p in "qv"
+        f"model.decoder.layers.0.{attention}.{p}_proj" for attention in ("self_attn", "encoder_attn") for p in "qv"
     }
 
 

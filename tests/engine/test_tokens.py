@@ -113,9 +113,7 @@ def test_merging_keeps_tied_weights_right(case, tmp_path):
     assert torch.allclose(logits(plain), y, atol=1e-5)
     assert set(plain.state_dict()) == set(llama().state_dict())
     equal = torch.equal(plain.lm_head.weight, plain.model.embed_tokens.weight)
-    assert (
-        plain.config.tie_word_embeddings == equal == (plain.lm_head.weight is plain.model.embed_tokens.weight)
-    )
+    assert plain.config.tie_word_embeddings == equal == (plain.lm_head.weight is plain.model.embed_tokens.weight)
     plain.save_pretrained(tmp_path)
     assert torch.allclose(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), y, atol=1e-5)
 
@@ -151,9 +149,7 @@ def test_rows_are_the_files_rows_and_the_table_is_not_copied(make_table):
     net = nn.Sequential()
     net.add_module("emb", make_table())
     table = net.emb.weight
-    ours = veneer.get_peft_model(
-        net, veneer.TrainableTokensConfig(target_modules=["emb"], token_indices=[5, 0, 2])
-    )
+    ours = veneer.get_peft_model(net, veneer.TrainableTokensConfig(target_modules=["emb"], token_indices=[5, 0, 2]))
     layer = ours.base_model.model.emb
     rows = layer.trainable_tokens_delta["default"]
     assert torch.equal(rows, table[[5, 0, 2]])
@@ -176,9 +172,7 @@ def test_rows_are_the_files_rows_and_the_table_is_not_copied(make_table):
 
 def test_gradients_agree_with_finite_differences():
     net = nn.Sequential(nn.Embedding(7, 3), nn.Linear(3, 5)).double()
-    ours = veneer.get_peft_model(
-        net, veneer.TrainableTokensConfig(target_modules=["0", "1"], token_indices=[4, 1])
-    )
+    ours = veneer.get_peft_model(net, veneer.TrainableTokensConfig(target_modules=["0", "1"], token_indices=[4, 1]))
     boxes = [ours.base_model.model[i].trainable_tokens_delta for i in (0, 1)]
     ids = torch.tensor([0, 1, 4, 4])
 
@@ -283,9 +277,7 @@ def test_lora_on_tied_weights_is_one_pair_of_factors(targets):
             if p.requires_grad:
                 p.normal_(std=0.2)
     y = logits(ours)
-    values = {
-        k: t.clone() for k, t in veneer.get_peft_model_state_dict(ours, save_embedding_layers=False).items()
-    }
+    values = {k: t.clone() for k, t in veneer.get_peft_model_state_dict(ours, save_embedding_layers=False).items()}
     peft.set_peft_model_state_dict(theirs, values)
     assert torch.allclose(logits(theirs), y, atol=1e-5)
     again = veneer.get_peft_model(llama(), veneer.LoraConfig(**options)).eval()
@@ -293,9 +285,7 @@ def test_lora_on_tied_weights_is_one_pair_of_factors(targets):
     assert torch.equal(logits(again), y)
     ours.merge_adapter()
     assert torch.allclose(logits(ours), y, atol=1e-5)
-    embedding, head = (
-        m.get_base_layer().weight for m in (ours.get_input_embeddings(), ours.get_output_embeddings())
-    )
+    embedding, head = (m.get_base_layer().weight for m in (ours.get_input_embeddings(), ours.get_output_embeddings()))
     assert torch.allclose(embedding, head, atol=1e-6)
 
 

@@ -69,7 +69,9 @@ def fits(name: str, cfg_kwargs: dict[str, Any], site_name: str) -> bool:
     if site is None or (layer.kind == "module") != (site.kind == "module"):
         return False
     entry = registry.METHODS[name]
-    cfg = getattr(import_module(f"veneer.{entry.module}"), entry.config)(target_modules=["first", "second"], **cfg_kwargs)
+    cfg = getattr(import_module(f"veneer.{entry.module}"), entry.config)(
+        target_modules=["first", "second"], **cfg_kwargs
+    )
     try:
         method.check(cfg, site)
     except ValueError:

@@ -43,7 +43,9 @@ def config(case: Case, package: Any = None, **changes: Any) -> Any:
     return getattr(__import__(f"veneer.{entry.module}", fromlist=[name]), name)(**kwargs)
 
 
-def build(case: Case, dtype: torch.dtype = torch.float32, adapters: int = 1, mixes: bool = False, **changes: Any) -> Tuner:
+def build(
+    case: Case, dtype: torch.dtype = torch.float32, adapters: int = 1, mixes: bool = False, **changes: Any
+) -> Tuner:
     """A fresh model with `adapters` adapters named "a0", "a1", ... of the case, at their initial values."""
     tuner = _Mixing if mixes else Tuner
     net = Net(case.make_module).to(dtype).eval()

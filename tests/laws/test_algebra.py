@@ -46,7 +46,7 @@ def test_forward_is_merged(case: Case, adapters: int) -> None:
     assert distance(t.merge_and_unload()(x), before) < 2e-5
 
 
-MIXES = sorted({c.site_name for c in CASES})
+MIXES = sorted({c.site_name for c in CASES if c.kind != "module"})  # on a norm one method acts
 
 
 @pytest.mark.parametrize("site_name", MIXES)
@@ -54,8 +54,7 @@ def test_forward_is_merged_with_mixed_methods(site_name: str) -> None:
     """Every ordered pair of methods on one layer; each pair is one model."""
     firsts = {c.method_name: c for c in CASES if c.site_name == site_name and not c.variant}
     pairs = [(a, b) for a in firsts.values() for b in firsts.values() if a.method_name != b.method_name]
-    if not pairs:
-        pytest.skip(f"{site_name}: one method only")
+    assert pairs
     from lawlib import config
 
     for a, b in pairs:

@@ -7,7 +7,6 @@ import torch
 from law_cases import Case
 from lawlib import build, config, data, distance, every_case, exempt, randomize, rows
 
-from veneer import registry
 from veneer.context import BASE
 
 
@@ -27,8 +26,9 @@ def _alone(t: torch.nn.Module, x: torch.Tensor, names: list[str]) -> torch.Tenso
 @every_case()
 def test_mixed_batch_is_each_row_alone(case: Case) -> None:
     exempt(case, "mixed batch")
-    changes = registry.method(case.method_name).changes_base(config(case))
     t = randomize(build(case, adapters=3))
+    for _, layer in t.layers():
+        layer.set_scale("a1", 0.5)
     names = ["a2", BASE, "a0", "a0", "a1", BASE, "a2"]
     x = torch.cat([data(case)] * 3)[: len(names)]
     assert len(x) == len(names) or case.site_name == "Conv3d"
@@ -41,7 +41,6 @@ def test_mixed_batch_is_each_row_alone(case: Case) -> None:
         expected = _alone(t, x, part)
         with rows(t, part):
             assert distance(t(x), expected) < 1e-5
-    assert changes in (True, False)
 
 
 @every_case(lambda c: "r" in c.cfg_kwargs and c.cfg_kwargs["r"] and not c.variant)

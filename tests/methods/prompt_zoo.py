@@ -24,9 +24,7 @@ def _config(arch: str, labels: int) -> Any:
     if arch == "gpt2":
         return tf.GPT2Config(n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **same)
     if arch == "opt":
-        return tf.OPTConfig(
-            ffn_dim=48, max_position_embeddings=128, word_embed_proj_dim=32, dropout=0.0, **same
-        )
+        return tf.OPTConfig(ffn_dim=48, max_position_embeddings=128, word_embed_proj_dim=32, dropout=0.0, **same)
     if arch == "bloom":
         return tf.BloomConfig(hidden_dropout=0.0, attention_dropout=0.0, **same)
     if arch in ("bert", "roberta"):

@@ -139,9 +139,7 @@ def test_coft_draws_the_stored_tensor_back_in_training(share: bool) -> None:
 
 
 def test_oft_block_size_that_does_not_divide() -> None:
-    with pytest.warns(
-        UserWarning, match=r"layer \(6x12\): oft_block_size=5 does not divide .* oft_block_size=4"
-    ):
+    with pytest.warns(UserWarning, match=r"layer \(6x12\): oft_block_size=5 does not divide .* oft_block_size=4"):
         Tuner(alone(nn.Linear(12, 6)), OFTConfig(target_modules=["layer"], oft_block_size=5))
     with pytest.raises(AdapterError, match="blocks of one feature"):
         Tuner(alone(nn.Linear(7, 6)), OFTConfig(target_modules=["layer"], oft_block_size=2))
@@ -151,9 +149,7 @@ def test_oft_block_size_that_does_not_divide() -> None:
 def test_loha_rank_dropout_leaves_rows_out_and_scales_the_rest() -> None:
     layer = nn.Linear(8, 5, bias=False)
     layer.weight.data.zero_()
-    tuner = Tuner(
-        alone(layer), LoHaConfig(target_modules=["layer"], r=3, rank_dropout=0.5, init_weights=False)
-    )
+    tuner = Tuner(alone(layer), LoHaConfig(target_modules=["layer"], r=3, rank_dropout=0.5, init_weights=False))
     whole = tuner(torch.eye(8)).detach().T
     tuner.train()
     kept = set()
@@ -209,9 +205,7 @@ def test_vera_adapters_with_keys_and_ranks_of_their_own() -> None:
 def test_vera_without_projections_in_the_file_draws_them_again() -> None:
     cfg = VeraConfig(target_modules=["layer"], r=4, save_projection=False, projection_prng_key=11)
     one, two = (Tuner(alone(nn.Linear(8, 6)), copy.deepcopy(cfg)) for _ in range(2))
-    assert not any(
-        spec.save for _, key, spec, _, _ in one.tensor_names("default") if key in ("vera_A", "vera_B")
-    )
+    assert not any(spec.save for _, key, spec, _, _ in one.tensor_names("default") if key in ("vera_A", "vera_B"))
     assert torch.equal(one.vera_A["default"], two.vera_A["default"])
     other = Tuner(alone(nn.Linear(8, 6)), VeraConfig(target_modules=["layer"], r=4, projection_prng_key=12))
     assert not torch.equal(one.vera_A["default"], other.vera_A["default"])

@@ -76,14 +76,9 @@ ROWS: dict[str, Row] = {
     "oft-odd-size": Row("OFTConfig", {"oft_block_size": 5}, "linear embedding"),
     "oft-odd-r": Row("OFTConfig", {"r": 5, "oft_block_size": 0}, "linear embedding"),
     "coft": Row("OFTConfig", {**OFT4, "coft": True, "eps": 0.3}, "linear embedding"),
-    **{
-        f"oft-{n}-terms": Row("OFTConfig", {**OFT4, "num_cayley_neumann_terms": n}, "linear")
-        for n in (2, 3, 4, 6, 7)
-    },
+    **{f"oft-{n}-terms": Row("OFTConfig", {**OFT4, "num_cayley_neumann_terms": n}, "linear") for n in (2, 3, 4, 6, 7)},
     "ia3": Row("IA3Config", {"feedforward_modules": []}, f"{LINEAR} conv2 conv2-groups conv3"),
-    "ia3-feedforward": Row(
-        "IA3Config", {"feedforward_modules": ["first"]}, f"{LINEAR} conv2 conv2-groups conv3"
-    ),
+    "ia3-feedforward": Row("IA3Config", {"feedforward_modules": ["first"]}, f"{LINEAR} conv2 conv2-groups conv3"),
     "loha": Row("LoHaConfig", {"r": 3, "alpha": 5}, "linear no-bias conv1 conv2 conv2-1x1 conv2-groups"),
     "loha-effective": Row(
         "LoHaConfig",
@@ -96,9 +91,7 @@ ROWS: dict[str, Row] = {
     ),
     "ln-tuning": Row("LNTuningConfig", {}, "layernorm rmsnorm batchnorm linear embedding", several=False),
 }
-CASES = [
-    pytest.param(name, layer, id=f"{name}-{layer}") for name, r in ROWS.items() for layer in r.layers.split()
-]
+CASES = [pytest.param(name, layer, id=f"{name}-{layer}") for name, r in ROWS.items() for layer in r.layers.split()]
 TWO = [c for c in CASES if ROWS[c.values[0]].several]
 SMOOTH = [c for c in CASES if ROWS[c.values[0]].gradients]
 # LoRA's A reads all channels of a convolution with groups: no weight of its shape equals it

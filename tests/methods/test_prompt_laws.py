@@ -41,9 +41,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(method: str, arch: str, ta
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("arch", "task"), [("gpt2", "CAUSAL_LM"), ("bart", "SEQ_2_SEQ_LM"), ("bert", "SEQ_CLS")]
-)
+@pytest.mark.parametrize(("arch", "task"), [("gpt2", "CAUSAL_LM"), ("bart", "SEQ_2_SEQ_LM"), ("bert", "SEQ_CLS")])
 def test_prompt_gradient_equals_finite_differences(method: str, arch: str, task: str) -> None:
     model = adapted(method, arch, task).double()
     weight, data = model.prompt_encoder["default"].embedding.weight, batch(task)
@@ -113,9 +111,7 @@ def test_padded_row_equals_the_row_alone(method: str, pad: str, arch: str, task:
     model, data = adapted(method, arch, task), batch(task, pad, labels=False)
     real = data["attention_mask"][1].bool()
     with torch.no_grad():
-        together = (
-            main_output(model(**data))[..., 1:2, :] if task == "SEQ_CLS" else main_output(model(**data))
-        )
+        together = main_output(model(**data))[..., 1:2, :] if task == "SEQ_CLS" else main_output(model(**data))
         alone = main_output(model(input_ids=data["input_ids"][1:, real]))
     if task == "SEQ_CLS":
         torch.testing.assert_close(together, alone, **CLOSE)
@@ -162,9 +158,7 @@ def test_labels_of_tokens_line_up() -> None:
     data = batch("QUESTION_ANS")
     for arch in ("bert", "gpt2"):
         out = adapted("prompt", arch, "QUESTION_ANS")(**data)
-        by_hand = sum(
-            cross_entropy(out[f"{side}_logits"], data[f"{side}_positions"] + N) for side in ("start", "end")
-        )
+        by_hand = sum(cross_entropy(out[f"{side}_logits"], data[f"{side}_positions"] + N) for side in ("start", "end"))
         torch.testing.assert_close(out.loss, by_hand / 2, **CLOSE)
 
 

@@ -78,16 +78,12 @@ def test_token_types_and_embeddings_equal_peft(method: str) -> None:
         ("prefix", {"init_weights": "zero", "prefix_projection": True}),
     ],
 )
-@pytest.mark.parametrize(
-    ("arch", "task"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"), ("bert", "SEQ_CLS")]
-)
+@pytest.mark.parametrize(("arch", "task"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM"), ("bert", "SEQ_CLS")])
 def test_sizes_names_and_initial_values_equal_peft(method: str, settings: dict, arch: str, task: str) -> None:
     ours, theirs = adapted(method, arch, task, **settings), twin(method, arch, task, **settings)
     a, b = ours.prompt_encoder.state_dict(), theirs.prompt_encoder.state_dict()
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
-    random_again = (
-        settings.get("init_weights") == "zero" and method == "prefix" and "prefix_projection" in settings
-    )
+    random_again = settings.get("init_weights") == "zero" and method == "prefix" and "prefix_projection" in settings
     for key in [] if random_again else a:
         torch.testing.assert_close(a[key], b[key], atol=0, rtol=0)
     sizes = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
@@ -114,9 +110,7 @@ def test_which_pair_each_decoder_layer_reads_equals_peft(layers: int, arch: str)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("arch", "task"), [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")]
-)
+@pytest.mark.parametrize(("arch", "task"), [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")])
 def test_files_go_both_ways(method: str, arch: str, task: str, tmp_path: Any) -> None:
     settings = {"prefix_projection": True} if method == "prefix" else {}
     ours, theirs = adapted(method, arch, task, **settings), twin(method, arch, task, **settings)
@@ -128,9 +122,7 @@ def test_files_go_both_ways(method: str, arch: str, task: str, tmp_path: Any) ->
     files = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
     assert {k: v.shape for k, v in files[0].items()} == {k: v.shape for k, v in files[1].items()}
     configs = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
-    heads = [
-        set(c.pop("modules_to_save") or ()) for c in configs
-    ]  # peft lists heads that are not there, twice
+    heads = [set(c.pop("modules_to_save") or ()) for c in configs]  # peft lists heads that are not there, twice
     assert configs[0] == configs[1]
     assert heads[0] <= heads[1]
     there = peft.PeftModel.from_pretrained(make(arch, task), str(tmp_path / "ours")).eval()
@@ -145,9 +137,7 @@ def test_grouped_heads_of_their_own_width_equal_peft() -> None:
     ours, theirs = (f("prefix", "llama", "CAUSAL_LM", changes) for f in (adapted, twin))
     assert ours.active_peft_config.token_dim == theirs.active_peft_config.token_dim == 32
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours(**batch("CAUSAL_LM")).logits, theirs(**batch("CAUSAL_LM")).logits, **CLOSE
-        )
+        torch.testing.assert_close(ours(**batch("CAUSAL_LM")).logits, theirs(**batch("CAUSAL_LM")).logits, **CLOSE)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -179,9 +169,7 @@ def tokenizer(tmp_path: Any) -> str:
 
 def from_text(text: str, tokenizer: str, **more: Any) -> PromptTuningConfig:
     words = {"prompt_tuning_init_text": text, "tokenizer_name_or_path": tokenizer}
-    return PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=N, prompt_tuning_init="TEXT", **words, **more
-    )
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N, prompt_tuning_init="TEXT", **words, **more)
 
 
 def test_a_file_loads_without_the_tokenizer_of_its_text(tokenizer: str, tmp_path: Any) -> None:
@@ -189,12 +177,8 @@ def test_a_file_loads_without_the_tokenizer_of_its_text(tokenizer: str, tmp_path
     model.save_pretrained(str(tmp_path / "adapter"))
     shutil.rmtree(tokenizer)
     for trainable in (False, True):
-        again = PeftModel.from_pretrained(
-            make("llama", "CAUSAL_LM"), str(tmp_path / "adapter"), is_trainable=trainable
-        )
-        torch.testing.assert_close(
-            again(**batch("CAUSAL_LM")).loss, model(**batch("CAUSAL_LM")).loss, **CLOSE
-        )
+        again = PeftModel.from_pretrained(make("llama", "CAUSAL_LM"), str(tmp_path / "adapter"), is_trainable=trainable)
+        torch.testing.assert_close(again(**batch("CAUSAL_LM")).loss, model(**batch("CAUSAL_LM")).loss, **CLOSE)
 
 
 @pytest.mark.parametrize("n", [3, 7, 10, 16])
@@ -216,9 +200,7 @@ def test_a_tokenizers_own_code_is_never_run(tokenizer: str, monkeypatch: pytest.
     import transformers
 
     asked, real = [], transformers.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(
-        transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: asked.append(k) or real(*a, **k)
-    )
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: asked.append(k) or real(*a, **k))
     cfg = from_text("good", tokenizer, tokenizer_kwargs={"trust_remote_code": True})
     with pytest.warns(PeftWarning, match="trust_remote_code"):
         get_peft_model(make("llama", "CAUSAL_LM"), cfg)

@@ -70,8 +70,7 @@ def test_answer_that_would_merge_with_its_prompt(tokenizer: Any) -> None:
 def test_template_that_rewrites_turns_is_refused() -> None:
     tokenizer = bpe_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ' ' }}"
-        "{{ (m['content'] if loop.last else 'x') + '\n' }}{% endfor %}"
+        "{% for m in messages %}{{ m['role'] + ' ' }}{{ (m['content'] if loop.last else 'x') + '\n' }}{% endfor %}"
     )
     with pytest.raises(ValueError, match="does not keep turn 3"):
         chat_pieces(tokenizer, TURNS)

@@ -23,9 +23,7 @@ def test_json_scores() -> None:
 
 
 def test_json_scores_of_what_is_no_json() -> None:
-    scores, right = metrics.json_scores(
-        ['{"a": 1, "b": 2}'] * 2, ["sure! here it is", '```{"a": 1, "b": 2}```']
-    )
+    scores, right = metrics.json_scores(['{"a": 1, "b": 2}'] * 2, ["sure! here it is", '```{"a": 1, "b": 2}```'])
     assert right == [False, False]
     assert set(scores.values()) == {0.0}
 

@@ -157,9 +157,7 @@ def test_no_known_columns(good: str, recipe_file: Write, tmp_path: Path) -> None
     error = problem(recipe_file(good), data__train=str(path))
     assert "the columns are question, answer" in error.problem
     assert "`prompt` and `completion`" in str(error.hint)
-    recipe = load_recipe(
-        recipe_file(good), data={"train": str(path), "prompt": "question", "completion": "answer"}
-    )
+    recipe = load_recipe(recipe_file(good), data={"train": str(path), "prompt": "question", "completion": "answer"})
     assert recipe.data.prompt == "question"
 
 

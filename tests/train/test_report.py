@@ -212,10 +212,7 @@ def test_differences_keep_the_text_and_mark_what_is_new() -> None:
 
 
 def test_metric_rows_say_which_way_is_better() -> None:
-    rows = {
-        row.name: row
-        for row in metric_rows({"f1": 0.2, "loss": 1.0, "n": 8}, {"f1": 0.5, "loss": 1.5, "n": 8})
-    }
+    rows = {row.name: row for row in metric_rows({"f1": 0.2, "loss": 1.0, "n": 8}, {"f1": 0.5, "loss": 1.5, "n": 8})}
     assert set(rows) == {"f1", "loss"}
     assert (rows["f1"].before, rows["f1"].after, rows["f1"].change) == ("20.0 %", "50.0 %", "+30.0 points")
     assert rows["f1"].better is True

@@ -28,9 +28,7 @@ def test_causal_lm_end_to_end(causal: Callable[..., Recipe], llama: Path, tmp_pa
     assert result.after["loss"] < 0.2 * result.before["loss"]
     assert (result.before["exact_match"], result.after["exact_match"]) == (0.0, 1.0)
     assert result.after["field_accuracy"] == 1.0
-    assert {"step", "loss", "learning_rate", "tokens_per_second", "peak_memory_mb", "eta"} <= set(
-        result.history[0]
-    )
+    assert {"step", "loss", "learning_rate", "tokens_per_second", "peak_memory_mb", "eta"} <= set(result.history[0])
     assert result.history[-1]["eta"] == 0.0
     assert all(row["tokens_per_second"] > 0 and row["peak_memory_mb"] > 0 for row in result.history)
     sample = result.samples[0]

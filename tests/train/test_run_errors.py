@@ -92,9 +92,7 @@ def test_late_errors_are_recipe_errors(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_without_a_language_head_is_refused(
-    causal: Callable[..., Recipe], bert: Path, tmp_path: Path
-) -> None:
+def test_a_base_without_a_language_head_is_refused(causal: Callable[..., Recipe], bert: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no chat template|lacks weights"):
         run(causal(base=str(bert)))
 

@@ -135,9 +135,7 @@ def test_orders_cover_languages_actions_and_fields(half: str, least: int) -> Non
     assert all(fields[key] >= least for key in KEYS), fields
     actions = Counter(request["action"] for _, request, _ in rows)
     assert all(actions[name] >= least for name in ACTIONS), actions
-    flags = Counter(
-        (key, request[key]) for _, request, _ in rows for key in ("gift", "bag") if key in request
-    )
+    flags = Counter((key, request[key]) for _, request, _ in rows for key in ("gift", "bag") if key in request)
     assert all(flags[key, value] >= 1 for key in ("gift", "bag") for value in (True, False)), flags
 
 

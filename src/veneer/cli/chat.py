@@ -87,9 +87,7 @@ class Conversation:
         elif name == "system":
             self.system = rest.strip() or None
             self.turns.clear()
-            self.write(
-                "system message set, conversation cleared\n" if rest.strip() else "system message removed\n"
-            )
+            self.write("system message set, conversation cleared\n" if rest.strip() else "system message removed\n")
         elif name == "reset":
             self.turns.clear()
             self.write("conversation cleared\n")
@@ -140,9 +138,7 @@ def chat(
 ) -> None:
     """Talk to a tuned model in the terminal; in a script, --prompt or a pipe of lines."""
     if who not in {"adapter", "base", "both"}:
-        raise UserError(
-            f"--answer-with {who!r} is none of adapter, base, both", hint="Leave it out for the adapter."
-        )
+        raise UserError(f"--answer-with {who!r} is none of adapter, base, both", hint="Leave it out for the adapter.")
     loaded = _load(model, base)
     from veneer.cli.generation import Sampling
 
@@ -160,9 +156,7 @@ def chat(
     if interactive:
         if sys.platform != "win32":
             import readline  # noqa: F401  arrow keys and history in input()
-        _write(
-            f"{loaded.adapter or loaded.base_name} on {loaded.base_name}. /help lists the commands.\n{HELP}\n"
-        )
+        _write(f"{loaded.adapter or loaded.base_name} on {loaded.base_name}. /help lists the commands.\n{HELP}\n")
     for line in _lines(interactive):
         if not line.startswith("/"):
             _say(talk, line, interactive)

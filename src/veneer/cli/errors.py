@@ -26,9 +26,7 @@ def _set_debug(context: typer.Context, value: bool) -> bool:
     return value
 
 
-DebugFlag = Annotated[
-    bool, typer.Option("--debug", callback=_set_debug, help="Show the full traceback of an error.")
-]
+DebugFlag = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the full traceback of an error.")]
 
 
 def _expected() -> tuple[type[Exception], ...]:
@@ -70,9 +68,7 @@ def show_error(error: Exception) -> None:
         body.append("\nDid you mean ").append(near, style="bold green").append("?")
     if hint:
         body.append("\n\n" + hint, style="cyan")
-    Console(stderr=True).print(
-        Panel(body, title="veneer cannot go on", title_align="left", border_style="red")
-    )
+    Console(stderr=True).print(Panel(body, title="veneer cannot go on", title_align="left", border_style="red"))
 
 
 @contextmanager

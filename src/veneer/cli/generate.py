@@ -51,9 +51,7 @@ def _parse(line: str, where: str) -> dict[str, Any]:
         hint = f"A row needs one of these keys: {', '.join(PROMPT_KEYS)}."
         raise UserError("no prompt in this row", where=where, hint=hint)
     messages = row.get("messages", [])
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
-    )
+    good = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
     if not good:
         raise UserError("`messages` is not a list of {role, content} objects", where=where)
     return row
@@ -74,15 +72,9 @@ def conversation(row: dict[str, Any], system: str | None = None) -> list[dict[st
 
 def generate(
     model: ModelArgument,
-    prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option("--file", "-f", help="JSONL rows with prompt or messages.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write JSONL here instead of the screen.")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", "-f", help="JSONL rows with prompt or messages.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write JSONL here instead of the screen.")] = None,
     base: BaseOption = None,
     system: System = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,

@@ -27,9 +27,7 @@ def spans(labels: Sequence[str]) -> list[tuple[int, int, str]]:
     return found
 
 
-def entities(
-    model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 8
-) -> Iterator[list[dict[str, Any]]]:
+def entities(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int = 8) -> Iterator[list[dict[str, Any]]]:
     """For each text its entities as ``{"text", "label", "start", "end"}``, offsets in characters.
 
     A text is cut into words and single punctuation marks; a word takes the label of its first sub-word.

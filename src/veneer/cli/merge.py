@@ -24,19 +24,13 @@ def merge(
     adapter: Annotated[str, typer.Argument(help="An adapter's folder, or a run's folder.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; it must not exist yet.")],
     base: BaseOption = None,
-    safe: Annotated[
-        bool, typer.Option("--safe", help="Refuse to merge weights that are not finite.")
-    ] = False,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Store as float32, bfloat16 or float16.")
-    ] = None,
+    safe: Annotated[bool, typer.Option("--safe", help="Refuse to merge weights that are not finite.")] = False,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Store as float32, bfloat16 or float16.")] = None,
     debug: DebugFlag = False,
 ) -> None:
     """Merge an adapter into its base and write a model folder that loads without veneer."""
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(
-            f"--dtype {dtype} is not one of {', '.join(DTYPES)}", hint="Leave it out to keep the base's."
-        )
+        raise UserError(f"--dtype {dtype} is not one of {', '.join(DTYPES)}", hint="Leave it out to keep the base's.")
     if out.exists():
         raise UserError("already exists", where=str(out), hint="Name a folder that does not exist yet.")
     from veneer.train.use import find_adapter, load
@@ -62,19 +56,13 @@ def merge(
         difference, share, agree = _compare(type(merged), partial, batch, before)
         kind = dtype or str(merged.dtype).removeprefix("torch.")
         if not share <= TOLERANCE.get(kind, 1e-3):
-            problem = (
-                f"the merged logits differ from base + adapter by {difference:.3g} ({100 * share:.2g} %)"
-            )
-            raise UserError(
-                problem, where=str(out), hint="Nothing was written. Try --dtype float32, or --safe."
-            )
+            problem = f"the merged logits differ from base + adapter by {difference:.3g} ({100 * share:.2g} %)"
+            raise UserError(problem, where=str(out), hint="Nothing was written. Try --dtype float32, or --safe.")
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     typer.echo(f"merged model in {out} ({kind})")
-    typer.echo(
-        f"largest logit difference to base + adapter: {difference:.3g}; same top token: {100 * agree:.1f} %"
-    )
+    typer.echo(f"largest logit difference to base + adapter: {difference:.3g}; same top token: {100 * agree:.1f} %")
 
 
 def _probe(loaded: Any) -> dict[str, Any]:

@@ -44,9 +44,7 @@ FLAGS = (
     Flag("max-length", "data__max_length", int, "Longest row, in tokens.", _DATA),
     Flag("method", "adapter__method", str, "Adapter method, such as lora.", _ADAPTER),
     Flag("r", "adapter__r", int, "Rank.", _ADAPTER),
-    Flag(
-        "lora-alpha", "adapter__lora_alpha", int, "LoRA's alpha: the delta is scaled by alpha / r.", _ADAPTER
-    ),
+    Flag("lora-alpha", "adapter__lora_alpha", int, "LoRA's alpha: the delta is scaled by alpha / r.", _ADAPTER),
     Flag(
         "target-modules",
         "adapter__target_modules",
@@ -59,9 +57,7 @@ FLAGS = (
     Flag("max-steps", "train__max_steps", int, "Stop after this many steps.", _TRAIN),
     Flag("batch-size", "train__per_device_train_batch_size", int, "Rows per step and device.", _TRAIN),
     Flag("grad-accum", "train__gradient_accumulation_steps", int, "Batches per optimizer step.", _TRAIN),
-    Flag(
-        "warmup-steps", "train__warmup_steps", float, "Steps (or share of steps below 1) of warm-up.", _TRAIN
-    ),
+    Flag("warmup-steps", "train__warmup_steps", float, "Steps (or share of steps below 1) of warm-up.", _TRAIN),
 )
 
 
@@ -95,9 +91,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         command(**given, flags={key: value for key, value in flags.items() if value is not None})
 
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [
-        _parameter(f) for f in FLAGS
-    ]
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + [_parameter(f) for f in FLAGS]
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     del wrapper.__wrapped__  # type: ignore[attr-defined]  # or its signature would be read instead

@@ -45,9 +45,7 @@ def quickstart(
     out: Annotated[
         str | None, typer.Option("--out", help="Folder to write.", show_default="veneer-quickstart-TASK")
     ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="One pass and a smaller test: a taste, not a result.")
-    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="One pass and a smaller test: a taste, not a result.")] = False,
     overrides: Overrides = None,
     debug: DebugFlag = False,
 ) -> None:

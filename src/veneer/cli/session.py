@@ -43,9 +43,7 @@ def run_and_show(recipe: Recipe, console: Console, example_rows: int = 0) -> Run
     write_card(result, Path(result.adapter_dir) / "README.md")
     if recipe.task == "causal-lm":
         write_asking(asking_of(recipe), Path(result.adapter_dir))
-    example = (
-        copy_rows(locate(recipe.data.train, "train"), short(out), example_rows) if example_rows else None
-    )
+    example = copy_rows(locate(recipe.data.train, "train"), short(out), example_rows) if example_rows else None
     show_samples(console, result.samples)
     show_metrics(console, result.before, result.after)
     show_files(console, short(out))

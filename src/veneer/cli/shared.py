@@ -25,9 +25,7 @@ Overrides = Annotated[
 ]
 System = Annotated[str | None, typer.Option("--system", help="System message.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
-Temperature = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")
-]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Sample from this much probability.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Sample from this many tokens; 0 is all.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed for sampling.")]

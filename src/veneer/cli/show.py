@@ -67,9 +67,7 @@ def show_samples(console: Console, samples: Sequence[Sample], limit: int = 6) ->
             tuned.append("\nexpected ", style="bold not red").append(
                 shorten(spaced(sample.expected)), style="not bold green"
             )
-        table.add_row(
-            Text(shorten(sample.prompt)), answer(sample.expected, sample.base, sample.base_ok), tuned
-        )
+        table.add_row(Text(shorten(sample.prompt)), answer(sample.expected, sample.base, sample.base_ok), tuned)
     console.print(table)
 
 

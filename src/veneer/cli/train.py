@@ -13,9 +13,7 @@ from veneer.cli.shared import Overrides
 
 __all__ = ["train"]
 
-EXAMPLE = (
-    "veneer train --base smollm2-135m-instruct --task causal-lm --data mine.jsonl --split 0.1 --out runs/mine"
-)
+EXAMPLE = "veneer train --base smollm2-135m-instruct --task causal-lm --data mine.jsonl --split 0.1 --out runs/mine"
 
 
 @with_flags
@@ -23,9 +21,7 @@ def train(
     flags: dict[str, Any],
     recipe: Annotated[Path | None, typer.Argument(help="A recipe (YAML). Flags win over it.")] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the full recipe, stop.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the full recipe, stop.")] = False,
     debug: DebugFlag = False,
 ) -> None:
     """Train an adapter from a recipe, or from flags alone."""

@@ -17,6 +17,9 @@ from ..errors import AdapterError
 if TYPE_CHECKING:
     from ..layer import View
 
+# Drawn from data by other tools; the finished adapter is an ordinary one and loads.
+ELSEWHERE = frozenset({"eva"})
+
 # name -> does it change the base's weight
 INITS = {"default": False, "random": False, "gaussian": False, "orthogonal": False, "pissa": True, "olora": True}
 
@@ -41,7 +44,7 @@ def _name(cfg: Any) -> str:
 
 
 def changes_base(cfg: Any) -> bool:
-    return INITS[_name(cfg)]
+    return str(cfg.init_lora_weights).lower() not in ELSEWHERE and INITS[_name(cfg)]
 
 
 def initial(p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:

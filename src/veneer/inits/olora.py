@@ -1,6 +1,6 @@
 """OLoRA: B is orthonormal, A triangular, from the QR decomposition of the weight. arXiv:2406.01775, section 3.
 
-    W = Q R;   B = Q_r,   A = R_r,   W_base = W - s B A,   s the scaling
+W = Q R;   B = Q_r,   A = R_r,   W_base = W - s B A,   s the scaling
 """
 
 from __future__ import annotations

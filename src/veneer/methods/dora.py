@@ -44,7 +44,8 @@ class DoRA(Reweight):
         lora_check(cfg, site)
         if site.groups > 1:
             raise AdapterError(
-                f"use_dora=True on {site!r}: with {site.groups} groups, W + B A has no weight of the layer's shape and so "
+                f"use_dora=True on {site!r}: with {site.groups} groups, W + B A has no weight of the layer's shape "
+                f"and so "
                 "no norm; take the layer out of target_modules or set use_dora=False"
             )
 

@@ -35,8 +35,8 @@ class IA3Config(AdapterConfig):
     feedforward_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False
     init_ia3_weights: bool = True
-    layers_to_transform: list[int] | int | None = veneer_field()  # noqa: RUF009
-    layers_pattern: list[str] | str | None = veneer_field()  # noqa: RUF009
+    layers_to_transform: list[int] | int | None = veneer_field()
+    layers_pattern: list[str] | str | None = veneer_field()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,8 +47,7 @@ class IA3Config(AdapterConfig):
         if isinstance(targets, set) and isinstance(feedforward, set) and not feedforward <= targets:
             extra = ", ".join(sorted(feedforward - targets))
             raise ValueError(
-                "`feedforward_modules` should be a subset of `target_modules`; not among the targets: "
-                + extra
+                "`feedforward_modules` should be a subset of `target_modules`; not among the targets: " + extra
             )
 
 
@@ -79,9 +78,7 @@ class IA3(Gate):
 
     def check(self, cfg: Any, site: Site) -> None:
         if site.kind == "embedding" and is_feedforward(cfg, site):
-            raise AdapterError(
-                f"{site!r} is an embedding, its input is a token id; take it out of feedforward_modules"
-            )
+            raise AdapterError(f"{site!r} is an embedding, its input is a token id; take it out of feedforward_modules")
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         inside = is_feedforward(cfg, site)

@@ -28,8 +28,8 @@ from ..site import Site
 class LNTuningConfig(AdapterConfig):
     """target_modules: the norms; by architecture where None."""
 
-    layers_to_transform: list[int] | int | None = veneer_field()  # noqa: RUF009
-    layers_pattern: list[str] | str | None = veneer_field()  # noqa: RUF009
+    layers_to_transform: list[int] | int | None = veneer_field()
+    layers_pattern: list[str] | str | None = veneer_field()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,9 +46,7 @@ class LNTuning(Replace):
     def check(self, cfg: Any, site: Site) -> None:
         kind, everything = type(site.module).__name__, list(site.module.parameters())
         if not everything:
-            raise AdapterError(
-                f"{site.name}: this {kind} has no parameters to train; take it out of target_modules"
-            )
+            raise AdapterError(f"{site.name}: this {kind} has no parameters to train; take it out of target_modules")
         if len(everything) != len(list(site.module.parameters(recurse=False))):
             raise AdapterError(
                 f"{site.name}: this {kind} holds modules with parameters of their own; name those instead"
@@ -59,12 +57,8 @@ class LNTuning(Replace):
         mine, base = p.copy_of_module(self.container), p.site.module
         names = {name for name, _ in mine.named_parameters()}
         if "weight" not in names or names - {"weight", "bias"}:
-            raise CannotMerge(
-                f"{p.site!r}: only weight and bias can be merged, and it has {', '.join(sorted(names))}"
-            )
+            raise CannotMerge(f"{p.site!r}: only weight and bias can be merged, and it has {', '.join(sorted(names))}")
         stats = dict(base.named_buffers())
         if any(not torch.equal(t, stats[n]) for n, t in mine.named_buffers()):
-            raise CannotMerge(
-                f"{p.site!r}: its copy has collected statistics of its own; keep the adapter unmerged"
-            )
+            raise CannotMerge(f"{p.site!r}: its copy has collected statistics of its own; keep the adapter unmerged")
         return super().merged(ps, W, b)

@@ -64,9 +64,7 @@ class LoHa(Additive):
 
     def check(self, cfg: Any, site: Site) -> None:
         if cfg.r <= 0:
-            raise ValueError(
-                f"`r` should be a positive integer value but the value passed is {cfg.r} ({site!r})"
-            )
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r} ({site!r})")
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         r, inp = cfg.r, site.inp // site.groups

@@ -20,9 +20,9 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from .. import inits
 from ..config import AdapterConfig
 from ..errors import AdapterError
-from .. import inits
 from ..kinds import LowRank, Spec
 from ..layer import View
 from ..site import Site
@@ -58,7 +58,8 @@ class LoraConfig(AdapterConfig):
          "qalora_group_size", "runtime_config"}
     )  # fmt: skip
     unsupported: ClassVar[frozenset[str]] = frozenset(
-        {"alora_invocation_tokens", "use_qalora", "use_bdlora", "velora_config", "monteclora_config", "layer_replication",
+        {"alora_invocation_tokens", "use_qalora", "use_bdlora", "velora_config", "monteclora_config",
+         "layer_replication",
          "arrow_config", "kasa_config"}
     )  # fmt: skip
 

@@ -49,9 +49,7 @@ def input_embedding(model: nn.Module) -> str | None:
         found = None if get is None else get()
     except NotImplementedError:  # transformers' answer for models without one
         return None
-    return (
-        next((path for path, m in model.named_modules() if m is found), None) if found is not None else None
-    )
+    return next((path for path, m in model.named_modules() if m is found), None) if found is not None else None
 
 
 def _rows(site: Site) -> int:
@@ -81,9 +79,7 @@ class TrainableTokens(Reweight):
             )
         if len(set(ids)) < len(ids):
             twice = sorted({i for i in ids if ids.count(i) > 1})
-            raise AdapterError(
-                f"token_indices names {twice[:5]} more than once ({site!r}); one row has one value"
-            )
+            raise AdapterError(f"token_indices names {twice[:5]} more than once ({site!r}); one row has one value")
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         ids = torch.tensor(cfg.token_indices, dtype=torch.int64)

@@ -47,7 +47,7 @@ class VeraConfig(AdapterConfig):
     fan_in_fan_out: bool = False
     bias: str = "none"
     init_weights: bool = True
-    exclude_modules: list[str] | str | None = veneer_field()  # noqa: RUF009
+    exclude_modules: list[str] | str | None = veneer_field()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,9 +76,7 @@ class VeRA(LowRank):
 
     def check(self, cfg: Any, site: Site) -> None:
         if cfg.r <= 0:
-            raise ValueError(
-                f"`r` should be a positive integer value but the value passed is {cfg.r} ({site!r})"
-            )
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r} ({site!r})")
 
     def shared(self, cfg: Any, sites: Sequence[Site]) -> dict[str, Spec]:
         generator = torch.Generator(device="cpu").manual_seed(cfg.projection_prng_key)

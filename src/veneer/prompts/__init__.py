@@ -60,9 +60,7 @@ def generate(peft_model: PeftModel, cfg: Any, args: tuple, kwargs: Call) -> Any:
     tasks = kwargs.pop("task_ids", None)
     _check_generation(base, kwargs)
     if cache.checkpointed(base):
-        raise AdapterError(
-            "generate in training mode under gradient checkpointing has no cache; call model.eval()"
-        )
+        raise AdapterError("generate in training mode under gradient checkpointing has no cache; call model.eval()")
     rewrite = _rewriter(peft_model, cfg, tasks, None)
     if sizes.encoder_decoder(base) and _method(cfg).gives == "prompt":
         args, kwargs = _encoder_input(base, args, kwargs, rewrite)  # generate runs the encoder by itself

@@ -246,9 +246,7 @@ def _fresh_modules(ref: BaseRef, model: Any, task: str, info: dict[str, Any]) ->
     if lost or (keys and task == "causal-lm"):
         some = ", ".join((lost or sorted(keys))[:4])
         problem = f"{ref.name} lacks weights that {type(model).__name__} needs: {some}"
-        hint = (
-            "Choose a base model that was made for this task." if not lost else "The files may be incomplete."
-        )
+        hint = "Choose a base model that was made for this task." if not lost else "The files may be incomplete."
         raise BaseModelError(problem, hint=hint)
     return sorted({key.split(".")[0] for key in keys})
 
@@ -272,9 +270,7 @@ def safe_pad(tokenizer: Any, model_stops: set[int]) -> str | None:
     if old is not None and tokenizer.pad_token_id not in stops:
         return None
     vocabulary = tokenizer.get_vocab()
-    why = (
-        "the tokenizer names no pad token" if old is None else f"its own pad token {old} also ends an answer"
-    )
+    why = "the tokenizer names no pad token" if old is None else f"its own pad token {old} also ends an answer"
     for token in (*PADS, tokenizer.unk_token):
         if token in vocabulary and vocabulary[token] not in {*stops, tokenizer.bos_token_id}:
             tokenizer.pad_token = token

@@ -55,9 +55,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def sample_evenly(
-    points: Sequence[tuple[float, float]], limit: int = MAX_POINTS
-) -> list[tuple[float, float]]:
+def sample_evenly(points: Sequence[tuple[float, float]], limit: int = MAX_POINTS) -> list[tuple[float, float]]:
     """At most ``limit`` of the points, the first and the last among them."""
     if len(points) <= limit:
         return list(points)
@@ -97,9 +95,7 @@ def line_chart(
     from_zero: bool = False,
 ) -> Markup:
     """An SVG chart over the training step; an empty string when no series has a finite point."""
-    kept = [
-        Series(s.name, s.css, sample_evenly([p for p in s.points if math.isfinite(p[1])])) for s in series
-    ]
+    kept = [Series(s.name, s.css, sample_evenly([p for p in s.points if math.isfinite(p[1])])) for s in series]
     kept = [s for s in kept if s.points]
     if not kept:
         return Markup("")
@@ -174,6 +170,6 @@ def sparkline(values: Sequence[float], width: int = 96, height: int = 22) -> Mar
         for i, v in enumerate(shown)
     ]  # fmt: skip
     title = escape(f"singular values, largest {top:.3g}, smallest {min(values):.3g}")
-    return Markup(
-        '<svg class="spark" viewBox="0 0 {} {}" width="{}" height="{}"><title>{}</title>{}</svg>'
-    ).format(width, height, width, height, title, Markup("").join(bars))
+    return Markup('<svg class="spark" viewBox="0 0 {} {}" width="{}" height="{}"><title>{}</title>{}</svg>').format(
+        width, height, width, height, title, Markup("").join(bars)
+    )

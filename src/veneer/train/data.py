@@ -63,9 +63,7 @@ class Table:
         return Table(self.path, self.layout, self.dataset.select(rows), lines)
 
 
-def _row_error(
-    path: Path, lines: Sequence[int] | None, row: int, problem: str, hint: str | None = None
-) -> DataError:
+def _row_error(path: Path, lines: Sequence[int] | None, row: int, problem: str, hint: str | None = None) -> DataError:
     if lines is None:
         return DataError(f"row {row + 1}: {problem}", file=path, hint=hint)
     return DataError(problem, file=path, line=lines[row], hint=hint)
@@ -84,9 +82,7 @@ def locate(name: str, split: str) -> Path:
         return path
     if path.is_dir():
         raise DataError(f"{name} is a folder", hint="Name one file in it.")
-    siblings = (
-        [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
-    )
+    siblings = [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = f"Paths are read from {Path.cwd()}. The sets that come with veneer are {', '.join(SHIPPED)}."
     raise DataError(f"no such file: {name}", near=nearest(name, [*SHIPPED, *siblings]), hint=hint)
 
@@ -182,9 +178,7 @@ def load_table(spec: DataSpec, split: str, task: str) -> Table | None:
     check, kept = get_task(task).check_row, []
     for number, row in enumerate(rows):
         picked = {role: row.get(column) for role, column in layout.columns.items()}
-        problem = next(
-            (_missing(column, row) for column in layout.columns.values() if row.get(column) is None), ""
-        )
+        problem = next((_missing(column, row) for column in layout.columns.values() if row.get(column) is None), "")
         problem = problem or check(layout, picked)
         if problem:
             raise _row_error(path, lines, number, problem)
@@ -196,9 +190,7 @@ def load_table(spec: DataSpec, split: str, task: str) -> Table | None:
 
 
 def _missing(column: str, row: dict[str, Any]) -> str:
-    return (
-        f"{column!r} is null" if column in row else f"no {column!r}; the row has {', '.join(map(repr, row))}"
-    )
+    return f"{column!r} is null" if column in row else f"no {column!r}; the row has {', '.join(map(repr, row))}"
 
 
 def load_tables(spec: DataSpec, task: str, seed: int) -> tuple[Table, Table | None]:

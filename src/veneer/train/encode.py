@@ -123,9 +123,7 @@ def encode_pieces(tokenizer: Any, rows: Sequence[Sequence[Piece]], chat: bool) -
     ids = iter(_tokenise(tokenizer, texts))
     bos = [] if chat else _leading(tokenizer)
     special = set(tokenizer.all_special_ids)
-    return [
-        _assemble(tokenizer, pieces, [next(ids) for _ in pieces], bos, special, chat=chat) for pieces in rows
-    ]
+    return [_assemble(tokenizer, pieces, [next(ids) for _ in pieces], bos, special, chat=chat) for pieces in rows]
 
 
 def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:

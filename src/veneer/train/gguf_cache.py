@@ -63,9 +63,7 @@ def dequantised(path: Path, dtype: str | None = None) -> Path:
                 raise
     except OSError as error:
         hint = "Free some space, or set VENEER_CACHE to another folder."
-        raise BaseModelError(
-            f"cannot keep the dequantised {path.name} in {home}: {error}", hint=hint
-        ) from error
+        raise BaseModelError(f"cannot keep the dequantised {path.name} in {home}: {error}", hint=hint) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return folder
@@ -83,9 +81,7 @@ def _convert(path: Path, folder: Path, dtype: str) -> None:
     more = {"gguf_file": path.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), **more)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), dtype=getattr(torch, dtype), **more
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(str(path.parent), dtype=getattr(torch, dtype), **more)
     except (ValueError, KeyError, NotImplementedError) as error:
         hint = "It may be damaged, or of an architecture that transformers cannot read from GGUF."
         raise BaseModelError(f"cannot read {path}: {error}", hint=hint) from error

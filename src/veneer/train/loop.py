@@ -167,9 +167,7 @@ def _pad(model: Any, tokenizer: Any, parts: _Parts, console: Console | None) -> 
         _say(console, note)
 
 
-def _measure(
-    recipe: Recipe, model: Any, tokenizer: Any, plan: Plan, console: Console | None, what: str
-) -> Outcome:
+def _measure(recipe: Recipe, model: Any, tokenizer: Any, plan: Plan, console: Console | None, what: str) -> Outcome:
     if plan.test is None:
         return Outcome({}, [], [])
     _say(console, f"Measuring {what} on {len(plan.test)} test rows.")
@@ -235,9 +233,7 @@ def _save_adapter(model: Any, tokenizer: Any, plan: Plan, folder: Path) -> None:
         checkpoints.rmdir()
 
 
-def _merge(
-    recipe: Recipe, model: Any, tokenizer: Any, folder: Path, parts: _Parts, console: Console | None
-) -> bool:
+def _merge(recipe: Recipe, model: Any, tokenizer: Any, folder: Path, parts: _Parts, console: Console | None) -> bool:
     """Write `merged/` if asked for; a method without a merged form costs a note, not the trained adapter."""
     if not recipe.merge:
         return False

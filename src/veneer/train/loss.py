@@ -18,9 +18,7 @@ __all__ = ["labelled_loss", "own_loss", "takes_labelled_rows"]
 Batch = dict[str, torch.Tensor]
 
 
-def own_loss(
-    model: torch.nn.Module, batch: Batch, items: torch.Tensor | float | None, shifted: bool
-) -> torch.Tensor:
+def own_loss(model: torch.nn.Module, batch: Batch, items: torch.Tensor | float | None, shifted: bool) -> torch.Tensor:
     """The model's own loss of a batch, as a mean over its labels or as their sum divided by ``items``.
 
     ``shifted`` says that a label is predicted one place earlier, so that a row's first label is not counted.

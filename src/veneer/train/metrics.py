@@ -108,9 +108,7 @@ def entity_scores(expected: Sequence[Sequence[str]], found: Sequence[Sequence[st
 
 def accuracy(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> float:
     """The share of words with the right label."""
-    pairs = [
-        (a, b) for want, got in zip(expected, found, strict=True) for a, b in zip(want, got, strict=True)
-    ]
+    pairs = [(a, b) for want, got in zip(expected, found, strict=True) for a, b in zip(want, got, strict=True)]
     return sum(a == b for a, b in pairs) / max(len(pairs), 1)
 
 

@@ -106,9 +106,7 @@ class ProgressCallback(TrainerCallback):
                 refresh_per_second=4,
             )
             self._safely(self.bar.start)
-            self.task = self.bar.add_task(
-                "training", total=state.max_steps, completed=state.global_step, line=""
-            )
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step, line="")
 
     def on_log(
         self,
@@ -124,9 +122,7 @@ class ProgressCallback(TrainerCallback):
         if speed is not None:  # rows differ in length and machines in load: show the trend
             self.speed = speed if self.speed is None else 0.8 * self.speed + 0.2 * speed
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.open:
             return
         done, total = state.global_step, state.max_steps

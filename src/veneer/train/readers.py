@@ -137,9 +137,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
                 elif cells:
                     if len(cells) != len(names):
                         problem = f"{len(cells)} values for {len(names)} columns"
-                        raise DataError(
-                            problem, file=path, line=start, hint="Quote values with commas in them."
-                        )
+                        raise DataError(problem, file=path, line=start, hint="Quote values with commas in them.")
                     yield start, dict(zip(names, cells))
                 start = reader.line_num + 1
         except csv.Error as error:
@@ -213,9 +211,7 @@ def _check_conll_columns(path: Path, line: int, width: int, tokens: int | None, 
         raise DataError("one column, expected a token and a label", file=path, line=line, hint=hint)
     if width > 2 and (tokens is None or labels is None):
         hint = "Set `data.tokens: 0` and `data.labels: -1` (column numbers from 0; -1 is the last)."
-        raise DataError(
-            f"{width} columns: which hold the tokens and the labels?", file=path, line=line, hint=hint
-        )
+        raise DataError(f"{width} columns: which hold the tokens and the labels?", file=path, line=line, hint=hint)
     for name, column in (("tokens", tokens), ("labels", labels)):
         if column is not None and not -width <= column < width:
             problem = f"`data.{name}` is column {column}, and the file has columns 0 to {width - 1}"

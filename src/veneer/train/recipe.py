@@ -160,16 +160,12 @@ def check_recipe(recipe: Recipe) -> None:
     source = recipe._source
     if recipe.task not in TASKS:
         hint = f"The tasks are {', '.join(TASKS)}."
-        raise source.error(
-            ("task",), f"unknown task {recipe.task!r}", near=nearest(recipe.task, TASKS), hint=hint
-        )
+        raise source.error(("task",), f"unknown task {recipe.task!r}", near=nearest(recipe.task, TASKS), hint=hint)
     _check_data(recipe)
     _check_base(recipe)
     _check_out(recipe)
     _check_adapter(recipe)
-    fields.check_options(
-        fields.training_arguments_class(), recipe.train, "train", source, owned=fields.OWNED_TRAIN
-    )
+    fields.check_options(fields.training_arguments_class(), recipe.train, "train", source, owned=fields.OWNED_TRAIN)
 
 
 def _check_data(recipe: Recipe) -> None:

@@ -109,9 +109,7 @@ def metric_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Met
         change = f"{100 * gain:+.1f} points" if share else f"{gain:+.4g}"
         better = None if gain == 0 else (gain < 0) == lower_is_better(name)
         rows.append(
-            MetricRow(
-                readable(name), format_metric(name, old), format_metric(name, new), change, better, share
-            )
+            MetricRow(readable(name), format_metric(name, old), format_metric(name, new), change, better, share)
         )
     return rows
 
@@ -150,16 +148,12 @@ def _charts(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     held_out = column(history, "eval_loss")
     if held_out:
         curves.append(Series("held-out", "eval", held_out))
-    rate, speed, memory = (
-        column(history, k) for k in ("learning_rate", "tokens_per_second", "peak_memory_mb")
-    )
+    rate, speed, memory = (column(history, k) for k in ("learning_rate", "tokens_per_second", "peak_memory_mb"))
     single = [Series("tokens/s", "smooth", speed)]
     return {
         "loss": line_chart(curves, title="Training loss", width=980, height=290),
         "has_eval": bool(held_out),
-        "learning_rate": line_chart(
-            [Series("learning rate", "smooth", rate)], title="Learning rate", from_zero=True
-        ),
+        "learning_rate": line_chart([Series("learning rate", "smooth", rate)], title="Learning rate", from_zero=True),
         "speed": line_chart(single, title="Tokens per second", from_zero=True),
         "memory": line_chart(
             [Series("peak memory", "smooth", memory)], title="Peak memory", unit=" MB", from_zero=True

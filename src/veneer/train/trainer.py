@@ -36,9 +36,7 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
         RecipeError: values that TrainingArguments refuses.
     """
     options = {**DEFAULTS, **get_task(recipe.task).train_defaults, **recipe.train}
-    options.setdefault(
-        "dataloader_pin_memory", torch.cuda.is_available() and not options.get("use_cpu", False)
-    )
+    options.setdefault("dataloader_pin_memory", torch.cuda.is_available() and not options.get("use_cpu", False))
     owned: dict[str, Any] = {
         "output_dir": folder,
         "seed": recipe.seed,

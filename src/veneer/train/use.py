@@ -50,9 +50,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BaseModelError(
-            f"not valid JSON: {error}", file=path, hint="Train or copy the adapter again."
-        ) from None
+        raise BaseModelError(f"not valid JSON: {error}", file=path, hint="Train or copy the adapter again.") from None
     if not isinstance(config, dict):
         raise BaseModelError("not a JSON object", file=path, hint="Train or copy the adapter again.")
     return config
@@ -79,15 +77,11 @@ def load(name: str, base: str | None = None) -> Loaded:
     path = folder / "adapter_config.json"
     base = base or config.get("base_model_name_or_path")
     if not base:
-        raise BaseModelError(
-            "the adapter does not name its base model", file=path, hint="Give it with --base."
-        )
+        raise BaseModelError("the adapter does not name its base model", file=path, hint="Give it with --base.")
     task = TASK_OF.get(str(config.get("task_type")))
     if task is None:
         hint = f"These work here: {', '.join(TASK_OF)}. In Python, use PeftModel.from_pretrained."
-        raise BaseModelError(
-            f"task_type {config.get('task_type')!r} cannot be run from here", file=path, hint=hint
-        )
+        raise BaseModelError(f"task_type {config.get('task_type')!r} cannot be run from here", file=path, hint=hint)
     ref = resolve_base(str(base))
     labels = dict(enumerate(label_names(folder))) if task == "token-cls" else None
     model, tokenizer = load_base(ref, task, id2label=labels)
@@ -106,9 +100,7 @@ def label_names(folder: Path) -> list[str]:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BaseModelError(
-            "the adapter does not name its labels: no such file", file=path, hint=hint
-        ) from None
+        raise BaseModelError("the adapter does not name its labels: no such file", file=path, hint=hint) from None
     except ValueError as error:
         raise BaseModelError(f"not valid JSON: {error}", file=path, hint=hint) from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):

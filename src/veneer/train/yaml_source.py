@@ -30,9 +30,7 @@ _Loader.add_implicit_resolver(
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$"
-    ),
+    re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|nan))$"),
     list("-+.0123456789"),
 )
 
@@ -130,9 +128,7 @@ def _parse_value(text: str, origin: str) -> Any:
         return loader.get_single_data()
     except yaml.YAMLError as error:
         problem = f"the value is not valid YAML: {text!r}"
-        raise RecipeError(
-            problem, file=origin, hint="Quote it, or write it as on a recipe's line."
-        ) from error
+        raise RecipeError(problem, file=origin, hint="Quote it, or write it as on a recipe's line.") from error
     finally:
         loader.dispose()
 
@@ -142,9 +138,7 @@ def apply_override(data: dict[str, Any], source: Source, override: str) -> None:
     name, equals, text = override.partition("=")
     origin = f"--set {override}"
     if not equals or not name.strip():
-        raise RecipeError(
-            "an override reads `key=value`", file=origin, hint="For example: --set adapter.r=32"
-        )
+        raise RecipeError("an override reads `key=value`", file=origin, hint="For example: --set adapter.r=32")
     path = tuple(name.strip().split("."))
     _put(data, source, path, _parse_value(text, origin), origin)
 

@@ -65,9 +65,7 @@ class Task(Protocol):
             DataError: rows that cannot be trained on, by file and row.
         """
 
-    def loss(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None
-    ) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None) -> torch.Tensor:
         """The loss of a batch: its labels' mean, or their sum divided by ``items``."""
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:

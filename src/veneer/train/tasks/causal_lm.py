@@ -73,9 +73,7 @@ class CausalLM:
             _check_metric(recipe.eval, plan)
         return plan
 
-    def loss(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None
-    ) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None) -> torch.Tensor:
         """The model's own loss, with logits at the labels alone."""
         from veneer.train.loss import labelled_loss
 
@@ -115,9 +113,7 @@ class CausalLM:
         total, count = 0.0, 0
         with evaluating(model):
             for first in range(0, len(rows), batch_size):
-                batch = {
-                    key: value.to(device) for key, value in collate(rows[first : first + batch_size]).items()
-                }
+                batch = {key: value.to(device) for key, value in collate(rows[first : first + batch_size]).items()}
                 total += float(self.loss(model, batch, torch.tensor(1.0, device=device)))
                 count += int((batch["labels"][:, 1:] != IGNORE).sum())
         return total / count
@@ -125,9 +121,7 @@ class CausalLM:
 
 def _check_messages(messages: Any) -> str:
     if not isinstance(messages, list) or not messages:
-        return (
-            "'messages' is not a list of turns" if not isinstance(messages, list) else "'messages' is empty"
-        )
+        return "'messages' is not a list of turns" if not isinstance(messages, list) else "'messages' is empty"
     for number, turn in enumerate(messages, start=1):
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             return f"turn {number} has no 'role'"
@@ -190,16 +184,12 @@ def _dataset(rows: Sequence[Encoded], table: Table, limit: int) -> Any:
         more = f" ({len(empty)} rows in all)" if len(empty) > 1 else ""
         if longest > limit:
             problem = f"nothing to learn is left after cutting to {limit} tokens{more}"
-            hint = (
-                f"Raise `data.max_length` (the longest of these has {longest} tokens) or shorten the prompts."
-            )
+            hint = f"Raise `data.max_length` (the longest of these has {longest} tokens) or shorten the prompts."
         else:
             problem, hint = f"no token to learn{more}", "Give each row an answer, or two tokens of text."
         raise table.error(empty[0], problem, hint)
     ids = [row.input_ids[:limit] for row in rows]
-    return datasets.Dataset.from_dict(
-        {"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]}
-    )
+    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]})
 
 
 def _example(table: Table, number: int) -> tuple[str, str]:

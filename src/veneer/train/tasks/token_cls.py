@@ -38,9 +38,7 @@ class TokenCls:
                 return f"{column!r} is {type(value).__name__}, expected a list with one text a word"
             if not value:
                 return f"{column!r} is empty"
-            odd = next(
-                (i for i, item in enumerate(value) if not isinstance(item, str) or not item.strip()), None
-            )
+            odd = next((i for i, item in enumerate(value) if not isinstance(item, str) or not item.strip()), None)
             if odd is not None:
                 return f"{column!r} holds {value[odd]!r} at word {odd + 1}, expected text"
         words, labels = len(row["tokens"]), len(row["labels"])
@@ -62,19 +60,13 @@ class TokenCls:
         if cut:
             plan.notes.append(f"{cut} of {len(test)} test rows are cut; the words cut off count as O.")
         rows = test.dataset.to_list()
-        plan.targets = [
-            (row["tokens"], row["labels"], place) for row, place in zip(rows, places, strict=True)
-        ]
-        plan.examples = [
-            (" ".join(row["tokens"]), metrics.spans(row["tokens"], row["labels"])) for row in rows
-        ]
+        plan.targets = [(row["tokens"], row["labels"], place) for row, place in zip(rows, places, strict=True)]
+        plan.examples = [(" ".join(row["tokens"]), metrics.spans(row["tokens"], row["labels"])) for row in rows]
         if _metric(recipe, names) == "entities":
             metrics.need_seqeval()
         return plan
 
-    def loss(
-        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None
-    ) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None) -> torch.Tensor:
         """The model's own loss over the labelled sub-words."""
         from veneer.train.loss import own_loss
 
@@ -175,9 +167,7 @@ def _encode(
     return datasets.Dataset.from_dict(columns), places, cut
 
 
-def _check_labels(
-    table: Table, row: int, words: Sequence[str], labels: Sequence[str], known: dict[str, int]
-) -> None:
+def _check_labels(table: Table, row: int, words: Sequence[str], labels: Sequence[str], known: dict[str, int]) -> None:
     for place, label in enumerate(labels):
         if label not in known:
             near = nearest(label, known)
