@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, Trai
 
 from veneer.train.recipe import Recipe
 from veneer.train.result import peak_memory_mb
+from veneer.train.sampler import LengthBatches
 from veneer.train.tasks import Task, get_task
 
 __all__ = ["TaskTrainer", "training_arguments"]
@@ -103,6 +104,13 @@ class TaskTrainer(Trainer):
         if self.args.average_tokens_across_devices and items is not None:
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or "length" not in getattr(rows, "column_names", ()):
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthBatches(rows["length"], batch, self.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this machine's numbers to a training log line."""
