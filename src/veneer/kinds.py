@@ -49,7 +49,8 @@ class Spec:
     train: a parameter; otherwise a frozen buffer. save: part of the checkpoint. raw: handed to the formula in
     its own dtype, not cast to the computation's. like: the module class that holds it, so that
     `layer.lora_A["default"]` is an nn.Linear ("linear", "conv-down", "conv-up", or "copy" of the layer's own). file:
-    the checkpoint name where it differs from the storage name. value: the initial tensor, for tensors shared between layers.
+    the checkpoint name where it differs from the storage name. value: the initial tensor, for tensors that
+    layers share.
     """
 
     shape: tuple[int, ...]

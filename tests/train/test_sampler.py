@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from veneer.train.sampler import LengthBatches
@@ -25,5 +26,5 @@ def test_little_padding_and_no_trend() -> None:
     padded = sum(max(b) * len(b) for b in batches) / sum(map(sum, batches))
     assert padded < 1.1  # about 1.5 for random batches of these lengths
     means = [sum(b) / 4 for b in batches]
-    rising = sum(b > a for a, b in zip(means, means[1:]))
+    rising = sum(b > a for a, b in itertools.pairwise(means))
     assert 30 < rising < 70  # neighbouring batches go up as often as down
