@@ -7,7 +7,8 @@ import random
 
 from veneer.train.sampler import LengthBatches
 
-LENGTHS = [random.Random(0).randint(5, 100) for _ in range(403)]
+RNG = random.Random(0)
+LENGTHS = [RNG.randint(5, 100) for _ in range(403)]
 
 
 def test_every_row_once_an_epoch_and_a_new_order_each() -> None:
