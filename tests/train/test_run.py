@@ -171,7 +171,7 @@ def test_wnut17_with_minilm(wnut17: Path, tmp_path: Path) -> None:
         base="minilm-l6",
         data={"train": str(part), "test": str(wnut17 / "dev.conll"), "max_length": 128},
         adapter={"r": 16, "lora_alpha": 32, "target_modules": "all-linear"},
-        train={"learning_rate": 3e-3, "num_train_epochs": 4},
+        train={"learning_rate": 1e-3, "num_train_epochs": 8, "per_device_train_batch_size": 16},
         eval={"limit": 200},
         out=str(tmp_path / "wnut"),
     )
