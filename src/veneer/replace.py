@@ -51,7 +51,6 @@ class SavedModule(nn.Module):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
         self.site_name, self.host = name, host
-        self.merged_adapter: str | None = None
         self.own_active: tuple[str, ...] | None = None
         self.own_enabled = True
 

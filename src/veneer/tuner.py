@@ -44,7 +44,6 @@ class Tuner(nn.Module):
         self.shared: dict[str, dict[str, Any]] = {}
         self.targeted: dict[str, list[str]] = {}
         self.autocast_adapter_dtype = autocast_adapter_dtype
-        self._merged_for_good = False
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, cfg in configs.items():
             self.add_adapter(name, cfg, low_cpu_mem_usage=low_cpu_mem_usage, fill=fill)
