@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .combine_checks import ON_FACTORS, check_saved_modules, check_settings, refuse
-from .combine_math import Part, Settings, combine, relative_error
+from .combine_math import Part, Settings, combine, rank_within, relative_error
 from .errors import AdapterError, PeftWarning
 from .layer import Adapted
 
@@ -76,11 +76,13 @@ def add_weighted_adapter(
     combination_type: str = "svd",
     svd_rank: int | None = None, svd_clamp: float | None = None, svd_full_matrices: bool = True,
     svd_driver: str | None = None, density: float | None = None, majority_sign_method: str = "total",
+    svd_error: float | None = None,
 ) -> Combined:  # fmt: skip
     """Add adapter `adapter_name`, the weighted sum of LoRA adapters; it is not made active.
 
     weights: one number an adapter, of either sign. combination_type: see the module. svd_rank: rank of the
-    "svd" types, by default the largest on the layer. svd_clamp: a quantile in (0, 1] at which the SVD's
+    "svd" types, by default the largest on the layer. svd_error: for "svd", each layer's smallest rank that is off
+    by no more than this share of the sum's norm. svd_clamp: a quantile in (0, 1] at which the SVD's
     factors are cut. svd_full_matrices changes nothing (the leading vectors are the same). svd_driver: for SVD
     on CUDA. density: the share of entries that the pruning types keep, in (0, 1]. majority_sign_method:
     "total" or "frequency".
@@ -92,7 +94,7 @@ def add_weighted_adapter(
     LoRA adapter can hold or no file describe (DoRA, trained base biases, PiSSA's changed base, trained
     tokens, ...). Nothing is added then.
     """
-    settings = Settings(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method)
+    settings = Settings(combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method, svd_error)
     names, numbers = tuner.known(adapters), [float(w) for w in weights]
     check_settings(settings, names, numbers)
     for name in names:
@@ -141,6 +143,8 @@ def _combine_layer(job: _Job, path: str, layer: Adapted) -> _New:
         )
     by_svd = s.combination_type.endswith("svd")
     rank = (s.svd_rank or max(ranks)) if by_svd else sum(ranks) if s.combination_type == "cat" else ranks[0]
+    if s.svd_error is not None:
+        rank = rank_within(parts, s.svd_error) * site.groups
     if rank % site.groups:
         raise ValueError(f"svd_rank={rank} on {site!r}: must be a multiple of the convolution's {site.groups} groups")
     B, A = combine(parts, s, rank // site.groups)

@@ -32,6 +32,11 @@ def check_settings(s: Settings, names: list[str], weights: list[float]) -> None:
         raise ValueError(f"weights={weights}: each must be a finite number")
     if s.svd_rank is not None and s.svd_rank < 1:
         raise ValueError(f"svd_rank={s.svd_rank}: must be at least 1")
+    if s.svd_error is not None:
+        if s.combination_type != "svd" or s.svd_rank is not None:
+            raise ValueError("svd_error chooses each layer's rank: it goes with combination_type='svd', without svd_rank")
+        if not 0 <= s.svd_error < 1:
+            raise ValueError(f"svd_error={s.svd_error}: a share of the sum's norm, at least 0 and below 1")
     if s.svd_clamp is not None and not 0 < s.svd_clamp <= 1:
         raise ValueError(f"svd_clamp={s.svd_clamp}: a quantile, above 0 and at most 1")
     if s.combination_type.removesuffix("_svd") in ON_FACTORS[1:]:

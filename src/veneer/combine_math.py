@@ -42,6 +42,15 @@ class Settings:
     svd_driver: str | None = None
     density: float | None = None
     majority_sign_method: str = "total"
+    svd_error: float | None = None
+
+
+def rank_within(parts: Sequence[Part], error: float) -> int:
+    """The smallest rank per group, at least 1, whose best approximation of the weighted sum is off by no more than
+    this share of its norm."""
+    squares = decompose(*concatenate(parts))[1].square()
+    left = squares.flip(-1).cumsum(-1).flip(-1).sum(tuple(range(squares.dim() - 1)))  # what cutting at k loses
+    return max(int((left > error**2 * left[0]).sum()), 1)
 
 
 def concatenate(parts: Sequence[Part]) -> Factors:

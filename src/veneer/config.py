@@ -159,7 +159,12 @@ class PeftConfig:
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
-        return cls.from_peft_type(**{**cls.from_json_file(path), **kwargs})
+        made = cls.from_peft_type(**{**cls.from_json_file(path), **kwargs})
+        made.located(pretrained_model_name_or_path, subfolder=subfolder, **hub)
+        return made
+
+    def located(self, source: str | os.PathLike, **hub: Any) -> None:
+        """Where the file was read from, for a config that names others beside it."""
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
@@ -220,7 +225,11 @@ class AdapterConfig(PeftConfig):
             share.validate(self.share, self.handoff)
 
     # how patterns change the config of one layer: (pattern field, config field)
-    PATTERNS = (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"), ("alpha_pattern", "alpha"))
+    PATTERNS: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("rank_pattern", "r"),
+        ("alpha_pattern", "lora_alpha"),
+        ("alpha_pattern", "alpha"),
+    )
 
     def for_layer(self, name: str) -> Any:
         """This config with rank_pattern and alpha_pattern applied for one layer; itself where none applies."""

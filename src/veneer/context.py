@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import AdapterError
+
 BASE = "__base__"
 
 
@@ -34,6 +36,16 @@ class Rows:
         return cls(names, torch.tensor([at[n] for n in adapter_names]), widened)
 
 
+def per_row(given: Tensor, size: int) -> Tensor:
+    """One entry a row of a batch of `size` rows: as given, or each repeated for the copies that a search makes of its
+    row and for the tokens of a flattened batch, which lie next to each other."""
+    if len(given) == size:
+        return given
+    if size % len(given):
+        raise AdapterError(f"{len(given)} entries were given for a batch of {size} rows; give one a row")
+    return given.repeat_interleave(size // len(given), 0)
+
+
 @dataclass
 class Host:
     """Shared by every adapted layer of one model, so that switching adapters is constant work.
@@ -47,6 +59,9 @@ class Host:
     version: int = 0
     rows: Rows | None = None
     data: dict[str, Any] = field(default_factory=dict)
+    past: dict[str, Any] = field(default_factory=dict)  # of the last training call, for what backward computes again
+    replayed: bool = True
+    ambiguous: bool = False
 
     def activate(self, names: Sequence[str]) -> None:
         self.active = tuple(names)
@@ -55,6 +70,30 @@ class Host:
     def enable(self, on: bool) -> None:
         self.enabled = on
         self.version += 1
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold no call's data."""
+        return {**self.__dict__, "rows": None, "data": {}, "past": {}, "replayed": True, "ambiguous": False}
+
+    def given(self) -> dict[str, Any]:
+        """The call's data; outside a call, while a backward pass computes a checkpointed layer again, that of the
+        last training call."""
+        if self.data or not self.past or torch._C._current_graph_task_id() == -1:
+            return self.data
+        self.replayed = True
+        if self.ambiguous:
+            raise AdapterError(
+                f"two forward passes with different {', '.join(self.past)} came before one backward pass, and with "
+                "gradient checkpointing it is not known which of them a layer is computed again for; call backward "
+                "after each forward pass"
+            )
+        return self.past
+
+    def remember(self) -> None:
+        """Keep the call's data for its backward pass."""
+        waiting = bool(self.past) and not self.replayed
+        self.ambiguous = waiting and (self.ambiguous or not _same(self.past, self.data))
+        self.past, self.replayed = self.data, False
 
     @contextmanager
     def call(self, rows: Rows | None = None, **data: Any) -> Iterator[None]:
@@ -65,3 +104,11 @@ class Host:
             yield
         finally:
             self.rows, self.data = before
+
+
+def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two calls gave the same; tensors by value."""
+    if a.keys() != b.keys():
+        return False
+    both = [(a[k], b[k]) for k in a]
+    return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y for x, y in both)

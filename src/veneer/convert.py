@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import state
 from .errors import AdapterError
 
 if TYPE_CHECKING:
@@ -35,7 +34,9 @@ def against_initial(
         )
     if not os.path.isdir(initial) and os.path.isdir(os.path.join(os.path.dirname(initial), adapter)):
         raise AdapterError(f"{initial}: no such folder")
-    before, _ = state.read(initial)
+    from .state import read
+
+    before, _ = read(initial)
     out = dict(tensors)
     for key, now in tensors.items():
         if ".lora_A." in key or ".lora_B." in key:
@@ -48,3 +49,50 @@ def against_initial(
     config.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
     config.init_lora_weights = True
     return out, config
+
+
+# -- a base that data changed ----------------------------------------------------------------------------------
+def self_contained(
+    model: PeftModel, adapter: str, tensors: dict[str, Tensor], config: Any
+) -> tuple[dict[str, Tensor], Any]:
+    """Tensors and config as they are, or, where data took the first factors out of the base (CorDA, LoRA-GA), those of
+    an ordinary LoRA for the original base: what changed the base cannot be found again without the data."""
+    starts = _starts(model.base_model, adapter) if model.prompt_configs is None else {}
+    if not starts:
+        return tensors, config
+    out = dict(tensors)
+    for key, first in starts.items():
+        now = out[key]
+        first = first.to(now)
+        out[key] = torch.cat([now, first], dim=0) if ".lora_A." in key else torch.cat([now, -first], dim=1)
+    config = copy.copy(config)
+    factor = 2**0.5 if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * factor
+    config.rank_pattern = {k: 2 * r for k, r in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {k: factor * a for k, a in (config.alpha_pattern or {}).items()}
+    config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
+    return out, config
+
+
+def own_part(tuner: Any, adapter: str, tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The reverse of self_contained for a live adapter: from a file that it wrote, the trained half."""
+    out = dict(tensors)
+    for key, first in _starts(tuner, adapter, prefix).items():
+        held = tensors.get(key)
+        axis = 0 if ".lora_A." in key else 1
+        if held is None or held.shape[axis] != 2 * first.shape[axis]:
+            continue
+        now, then = held.chunk(2, dim=axis)
+        if torch.allclose(then.to(first), first if axis == 0 else -first):
+            out[key] = now
+    return out
+
+
+def _starts(tuner: Any, adapter: str, prefix: str = "base_model.model.") -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for path, layer in tuner.layers():
+        entry = layer.entries.get(adapter)
+        if entry is not None and entry.start is not None:
+            A, B = entry.start
+            out |= {f"{prefix}{path}.lora_A.weight": A, f"{prefix}{path}.lora_B.weight": B}
+    return out

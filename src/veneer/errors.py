@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 
+class PeftError(Exception):
+    """What errors of adapters have in common."""
+
+
+class NoMatchingPeftModuleError(PeftError, ValueError):
+    """A pattern, or all of them together, leaves nothing to adapt."""
+
+
 class AdapterError(ValueError):
     """Settings, names or tensors that do not fit; the message says what, where and what to do."""
 

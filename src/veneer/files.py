@@ -73,7 +73,7 @@ def write_text(path: str, text: str) -> None:
 
 
 def write_json(path: str, data: Any) -> None:
-    write_text(path, json.dumps(data, indent=2, sort_keys=True))
+    write_text(path, json.dumps({k: data[k] for k in sorted(data)}, indent=2))
 
 
 def write_tensors(path: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import prompts, state
+from . import convert, prompts, schedule, state
 from .errors import AdapterError
 from .files import BIN_NAME, SAFE_NAME, write_bin, write_json, write_tensors, write_text
 
@@ -79,10 +79,9 @@ def save_adapter(
     out = tensors_of(model, adapter, compact=compact) if tensors is None else state.only(tensors, model, adapter)
     out.update(_embeddings(model, adapter, embeddings))
     config = copy.copy(model.peft_config[adapter])
-    if initial is not None:
-        from .convert import against_initial
-
-        out, config = against_initial(model, adapter, initial, out, config)
+    out, config = convert.self_contained(model, adapter, out, config)
+    if initial is not None and config.init_lora_weights == model.peft_config[adapter].init_lora_weights:
+        out, config = convert.against_initial(model, adapter, initial, out, config)
     if not main:
         return
     where = os.path.join(folder, adapter) if adapter != "default" else folder
@@ -90,6 +89,8 @@ def save_adapter(
         write_tensors(os.path.join(where, SAFE_NAME), out, {"veneer_layout": "compact"} if compact else None)
     else:
         write_bin(os.path.join(where, BIN_NAME), out)
+    if model.prompt_configs is None:
+        schedule.save(model.base_model, adapter, where, out)
     config.inference_mode = True
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = name_of(model.get_base_model())
@@ -197,10 +198,10 @@ def _path_of(model: nn.Module, wanted: nn.Module) -> str | None:
 def _put_prompt(model: PeftModel, adapter: str, tensors: dict[str, Tensor], ignore: bool) -> state.LoadReport:
     left = dict(tensors)
     report = state.LoadReport()
-    own = {k: left.pop(k) for k in prompts.saved_tensors(model, adapter) if k in left}
-    if not own:
-        report.missing_keys.append("prompt_embeddings")
-    else:
+    wanted = list(prompts.saved_tensors(model, adapter))
+    own = {k: left.pop(k) for k in wanted if k in left}
+    report.missing_keys += [k for k in wanted if k not in own]
+    if not report.missing_keys:
         prompts.load_tensors(model, adapter, own)
         report.loaded += len(own)
     for place in state.module_places(model.base_model, adapter, "base_model."):

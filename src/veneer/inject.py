@@ -3,17 +3,18 @@ wrap."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
-from . import experts, handoff, registry, share, storage, tokens, tying
+from . import experts, handoff, registry, replication, share, storage, tokens, tying
 from .attention import READERS, AttentionSite, projection_config
 from .context import Host
 from .errors import AdapterError
-from .kinds import Method
+from .kinds import Attach, Method
 from .layer import Adapted, View
 from .parameters import parameter_layers
 from .patterns import near_names
@@ -55,6 +56,9 @@ def _site(module: nn.Module, name: str, method: Method) -> Site | None:
 
 def find(tuner: Tuner, cfg: Any, method: Method) -> list[Match]:
     """The modules a config adapts; raises where a pattern matches nothing or names a layer without a view."""
+    own = method.targets(cfg, candidates(tuner.model)) if isinstance(method, Attach) else None
+    if own is not None:
+        return [Match(n, tuner.model.get_submodule(n), n.rpartition(".")[2]) for n in own]
     return match_targets(
         tuner.model,
         cfg,
@@ -73,18 +77,25 @@ def inject(tuner: Tuner, name: str, cfg: Any, *, meta: bool = False, fill: bool 
     """
     fill = fill and not meta
     method: Any = registry.method_of(cfg)
+    replication.replicate(tuner, cfg)
     method.prepare(cfg, tuner.model, tuner.model_type)
     experts.to_parameters(cfg, tuner.model, tuner.model_type)
     matches = find(tuner, cfg, method)
     targets = list(_targets(tuner, cfg, method, matches))
+    if targets:
+        placed = method.by_place([t.cfg for t in targets], [t.layer.site for t in targets])
+        targets = [t._replace(cfg=c) for t, c in zip(targets, placed, strict=True)]
     for t in targets:
         t.layer.site.check(getattr(t.cfg, method.dropout or "", None) or 0.0)
         method.check(t.cfg, t.layer.site)
     share.check(cfg, method, [t.layer for t in targets], [t.cfg for t in targets])
     handoff.check(cfg, method)
-    shared = _place_shared(tuner, name, cfg, method, [t.layer for t in targets])
+    shared = _place_shared(tuner, name, cfg, method, [t.layer for t in targets], meta=meta, fill=fill)
+    tuner.attached.add(name, cfg, method, fill=fill)
     for t in targets:
         add_one(tuner, name, t, method, meta=meta, fill=fill, shared=shared)
+    entry_of = {m.name: share.leaf_name(m.name) if cfg.target_modules == "all-linear" else m.pattern for m in matches}
+    share.tie_own(name, method, cfg, [(entry_of.get(t.name, t.name), t.layer) for t in targets])
     share.tie(tuner, name, [(t.name, t.layer) for t in targets], fresh=fill)
     if fill:
         handoff.inherit(tuner, name)
@@ -170,7 +181,7 @@ def _settle(t: Target) -> None:
 
 
 def _place_shared(
-    tuner: Tuner, name: str, cfg: Any, method: Method, layers: list[Adapted]
+    tuner: Tuner, name: str, cfg: Any, method: Method, layers: list[Adapted], *, meta: bool = False, fill: bool = True
 ) -> tuple[nn.Module, dict[str, Any]] | None:
     """Create the adapter's shared tensors on the tuner, once."""
     specs = method.shared(cfg, [layer.site for layer in layers])
@@ -181,7 +192,13 @@ def _place_shared(
     for key, spec in specs.items():
         if spec.value is None:
             raise AdapterError(f"{method.name}: shared tensor {key!r} was declared without a value")
-        value = spec.value.to(device) if spec.value.device != device else spec.value
+        made: Any = spec.value
+        if callable(made):  # costly: not worked out where a file brings it
+            made = made() if fill or not spec.save else torch.empty(spec.shape, dtype=spec.dtype)
+            specs[key] = dataclasses.replace(spec, value=None)
+        value = made.to(device) if made.device != device else made
+        if spec.train:
+            value = value.to(device="meta" if meta else device, dtype=tuner.adapter_dtype(site), copy=True)
         storage.place(tuner, key, name, spec, value, site)
     tuner.shared[name] = specs
     return tuner, specs

@@ -23,7 +23,8 @@ Weights are handed out in one layout, whatever the layer class: (out, inp / grou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -32,7 +33,8 @@ import torch
 from torch import Tensor
 
 from .defaults import default_targets
-from .errors import AdapterError
+from .errors import AdapterError, CannotMerge
+from .kernels import low_rank_linear, low_rank_reference, mask_like
 
 if TYPE_CHECKING:
     from .config import PeftConfig
@@ -50,7 +52,7 @@ class Spec:
     its own dtype, not cast to the computation's. like: the module class that holds it, so that
     `layer.lora_A["default"]` is an nn.Linear ("linear", "conv-down", "conv-up", or "copy" of the layer's own). file:
     the checkpoint name where it differs from the storage name. value: the initial tensor, for tensors that
-    layers share.
+    layers share; a function that makes it, where that is costly and a file may bring it.
     """
 
     shape: tuple[int, ...]
@@ -60,7 +62,7 @@ class Spec:
     like: str | None = None
     file: str | None = None
     dtype: torch.dtype | None = None
-    value: Tensor | None = None
+    value: Tensor | Callable[[], Tensor] | None = None
 
 
 class Method(ABC):
@@ -73,10 +75,21 @@ class Method(ABC):
     mergeable: ClassVar[bool] = True
     prefix: ClassVar[str] = ""
     exempt: ClassVar[dict[str, str]] = {}  # law -> why it does not hold for this method
+    settings: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # of those that `scaling` or shapes tell (alpha): the formula's own
+    exclusive: ClassVar[bool] = False  # changes the base so that adapters of other methods of its type do not fit
     defaults: ClassVar[str] = "lora"  # whose default targets, where target_modules is None (defaults.py)
+    example: ClassVar[dict[str, Any]] = {}  # settings that a small model needs, where the defaults do not fit it
+    needs_others: ClassVar[bool] = False  # acts through other adapters of the model (X-LoRA, Arrow): none alone
+    reads: ClassVar[frozenset[str]] = frozenset()  # a call's arguments that it takes, one entry a row: p.data[name]
 
     def variant(self, cfg: Any) -> str | None:
         """The registry name of the method that a config's options select, when it is another one (DoRA)."""
+        return None
+
+    def tuner_class(self) -> Any:
+        """A Tuner of its own, for a method that acts on the model's call (X-LoRA); None: the usual one."""
         return None
 
     def prepare(self, cfg: Any, model: torch.nn.Module, model_type: str | None) -> None:
@@ -97,6 +110,20 @@ class Method(ABC):
         """Fill p's tensors in place; return a new base weight or None. `weight()` is the base's, detached."""
         return None
 
+    def restore(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> None:
+        """Fill the tensors that a file does not hold, from the base and from those that it does; after loading."""
+
+    def check_call(self, cfg: Any, data: dict[str, Any]) -> None:
+        """Raise ValueError where what a call gave for `reads` does not fit; once a call, before any layer runs."""
+
+    def extra_loss(self, ps: Sequence[View]) -> Tensor | None:
+        """What training adds to the loss for one adapter, a number; ps: its views on all layers."""
+        return None
+
+    def listener(self, tuner: Any, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager | None:
+        """A context around a call of the model or its generate, for methods that watch the base's calls in it."""
+        return None
+
     def changes_base(self, cfg: Any) -> bool:
         """Whether `init` returns a new base weight: then it runs on loading, too."""
         return False
@@ -104,6 +131,40 @@ class Method(ABC):
     def shared(self, cfg: Any, sites: Sequence[Site]) -> dict[str, Spec]:
         """Tensors held once per adapter, sized by all target layers (VeRA's projections); Spec.value is set."""
         return {}
+
+    def ties(self, cfg: Any) -> dict[str, int | None]:
+        """Storage name ("lily_A") -> how many layers in a row hold one tensor, None: all. Layers count that one entry
+        of target_modules names and that are of one size."""
+        return {}
+
+    def by_place(self, cfgs: Sequence[Any], sites: Sequence[Site]) -> Sequence[Any]:
+        """Each layer's config, where a layer's tensors depend on its place among all (its seed, its group)."""
+        return cfgs
+
+    schedule_fields: ClassVar[tuple[str, ...]] = ()  # settings that on_step changes
+
+    def scheduled(self, cfg: Any) -> bool:
+        """Whether on_step is to run after each optimizer step (schedule.py)."""
+        return False
+
+    def on_step(self, cfg: Any, ps: dict[str, View], step: int, memory: dict[str, Tensor]) -> None:
+        """After the optimizer's step number `step`, from 1; ps: layer path -> view, gradients still in place.
+        memory: kept between calls and saved with the adapter during training."""
+
+    def on_resume(self, cfg: Any, ps: dict[str, View], memory: dict[str, Tensor]) -> None:
+        """After memory and tensors of a saved run are back."""
+
+    def output_loss(self, ps: Sequence[View]) -> Tensor | None:
+        """As extra_loss, for scheduled methods whose callers expect it in the model's own output loss."""
+        return None
+
+    def to_disk(self, cfg: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """File key -> tensor as the file has them, where its form is its own (VB-LoRA's top k)."""
+        return tensors
+
+    def from_disk(self, cfg: Any, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The other way. shapes: those of the tensors in place, by file key."""
+        return tensors
 
     def scaling(self, cfg: Any) -> float:
         return 1.0
@@ -118,7 +179,14 @@ class Method(ABC):
 
 
 class Additive(Method):
-    """y = base(x) + side(x);  W' = W + delta,  b' = b + bias_delta."""
+    """y = base(x) + side(x);  W' = W + delta,  b' = b + bias_delta.
+
+    by_weight: for methods whose delta is dense: y is one product with W' where the weight's own precision is
+    float32 or better, so that the sum keeps small changes; elsewhere the side path runs.
+    """
+
+    by_weight: ClassVar[bool] = False
+    everywhere: ClassVar[bool] = True  # False: `acts(p, x, take)` says on which tokens (aLoRA)
 
     @abstractmethod
     def delta(self, p: View) -> Tensor:
@@ -131,7 +199,14 @@ class Additive(Method):
     def bias_delta(self, p: View) -> Tensor | None:
         return None
 
+    def dense(self, p: View) -> bool:
+        """With by_weight: whether at this layer's sizes the change is cheaper as a weight than by `side`."""
+        return True
+
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        plain = not args and not kwargs and not any(p.dropping for p in ps)
+        if self.by_weight and plain and base.exact_for(x) and all(map(self.dense, ps)):
+            return ps[0].site.op(x, *self.merged(ps, base.weight(), base.bias()))
         y = base(x, *args, **kwargs)
         for p in ps:
             y = y + self.side(p, p.drop(x)).to(y.dtype)
@@ -149,6 +224,18 @@ class Additive(Method):
         return W, b
 
 
+class Routed(Additive):
+    """y = base(x) + side(x), where the side depends on the call or on other tokens: no weight equals it."""
+
+    mergeable = False
+
+    @abstractmethod
+    def side(self, p: View, x: Tensor) -> Tensor: ...
+
+    def delta(self, p: View) -> Tensor:
+        raise CannotMerge(f"{self.name} on {p.site!r} depends on the call, so no weight equals it; keep it unmerged")
+
+
 class LowRank(Additive):
     """delta = scaling * B @ A, never formed in the forward pass."""
 
@@ -156,21 +243,39 @@ class LowRank(Additive):
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         """B (out, k) and A (k, inp); for convolutions B (out, k / groups, 1, ...) and A (k, inp, *kernel)."""
 
+    def read(self, p: View, x: Tensor, A: Tensor) -> Tensor:
+        """A x; for methods that read the input in a way of their own while they train."""
+        return p.site.down(x, A)
+
     def side(self, p: View, x: Tensor) -> Tensor:
         B, A = self.factors(p)
-        return p.site.up(p.site.down(x, A), B * p.scaling)
+        return p.site.up(self.read(p, x, A), B * p.scaling)
 
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
         if type(self).side is not LowRank.side:
             return super().forward(ps, x, base, args, kwargs)
+        usual = type(self).read is LowRank.read and len(ps) == 1 and not args and not kwargs
+        if usual and base.plain(x):
+            return self._at_once(ps[0], x)
         y = base(x, *args, **kwargs)
         for p in ps:
             B, A = self.factors(p)
-            y = p.site.accumulate(y, p.site.down(p.drop(x), A), B, p.scaling)
+            y = p.site.accumulate(y, self.read(p, p.drop(x), A), B, p.scaling)
             d = self.bias_delta(p)
             if d is not None:
                 y = y + p.site.per_feature(d).to(y.dtype)
         return y
+
+    def _at_once(self, p: View, x: Tensor) -> Tensor:
+        """Base and change of a plain linear layer in one autograd node."""
+        B, A = self.factors(p)
+        W, b = p.site.weight(), p.site.bias()
+        rate = p.dropout_rate
+        keep = mask_like(x, rate) if rate else None
+        run = low_rank_linear if W.dtype == A.dtype == B.dtype else low_rank_reference
+        y = run(x, W, b, A, B, p.scaling, keep, rate)
+        d = self.bias_delta(p)
+        return y if d is None else y + d.to(y.dtype)
 
     def delta(self, p: View) -> Tensor:
         B, A = self.factors(p)
@@ -298,6 +403,44 @@ def _tensors(module: torch.nn.Module) -> list[tuple[str, Tensor]]:
     return sorted([*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)])
 
 
+class Attach(Method):
+    """Acts on the call of a whole module, an attention or a decoder block, rather than on a linear map in it.
+
+    Besides the tensors on each such module an adapter may hold whole modules, once (`modules`), and act where a call
+    of the model begins and ends. What one part hands to the next in a call goes through p.data.
+    """
+
+    sites = frozenset({"block"})
+    mergeable = False
+
+    def targets(self, cfg: Any, names: Iterable[tuple[str, torch.nn.Module]]) -> list[str] | None:
+        """The modules to act on, of these names; None: as target_modules says, like any method's."""
+        return None
+
+    def modules(self, cfg: Any, model: Any, fill: bool) -> dict[str, torch.nn.Module]:
+        """name -> a module of the adapter's own, trained and saved whole. fill=False: a file's tensors follow."""
+        return {}
+
+    @abstractmethod
+    def act(self, ps: Sequence[View], base: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What the module returns with active adapters `ps`; base(*args, **kwargs) is the module itself."""
+
+    def begin(self, cfg: Any, parts: dict[str, Any], model: Any, call: dict[str, Any]) -> dict[str, Any]:
+        """What the call's parts find in p.data, before any of them runs. parts: the adapter's `modules`; call: the
+        model's arguments by name, which it may add to."""
+        return {}
+
+    def finish(self, cfg: Any, parts: dict[str, Any], model: Any, call: dict[str, Any], out: Any, data: Any) -> Any:
+        """The model's output; data: what `begin` gave."""
+        return out
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Any:
+        return self.act(ps, base, args if x is None else (x, *args), kwargs)
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        raise CannotMerge(f"{self.name} on {ps[0].site!r} acts on the module's call and has no weight")
+
+
 class Prompt(ABC):
     """Virtual tokens (gives = "prompt") or a key/value cache (gives = "cache") before the model's input.
 
@@ -309,6 +452,7 @@ class Prompt(ABC):
     name: ClassVar[str] = ""
     Config: ClassVar[type[PeftConfig]]
     gives: ClassVar[str] = "prompt"
+    example: ClassVar[dict[str, Any]] = {}  # settings that a small model needs, where the defaults do not fit it
 
     @abstractmethod
     def encoder(self, cfg: Any, embedding: torch.nn.Module, fill: bool) -> torch.nn.Module:
@@ -318,6 +462,17 @@ class Prompt(ABC):
     def prompt(self, encoder: torch.nn.Module, cfg: Any, tasks: Tensor | None) -> Tensor:
         """(1 or rows, n, width); tasks: one task number a row, for methods with several."""
         return encoder()[None]
+
+    takes: ClassVar[tuple[str, ...]] = ()  # arguments of a call that are the method's own, beside task_ids
+
+    def trained(self, encoder: torch.nn.Module) -> list[torch.nn.Parameter]:
+        """The encoder's parameters that training changes."""
+        return list(encoder.parameters())
+
+    def finish(self, cfg: Any, call: dict[str, Any], own: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """run(**call), the base's output for a call with the prompt in front; a method with a loss of its own puts
+        it there. own: the arguments that `takes` names, None where the caller gave none."""
+        return run(**call)
 
     def cache(self, encoder: torch.nn.Module, cfg: Any) -> list[tuple[Tensor, Tensor]]:
         """One (keys, values) pair a layer, each (1, heads, n, head width)."""

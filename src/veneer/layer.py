@@ -7,6 +7,7 @@ them (merged).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from . import rows, storage
 from .context import Host
 from .errors import AdapterError, CannotMerge
+from .kernels import plain_autograd
 from .kinds import Method, Spec, Weights
 from .site import Site
 
@@ -30,7 +32,7 @@ class View:
     def __init__(self, layer: Adapted, name: str, dtype: torch.dtype | None = None):
         self.layer, self.name, self.dtype = layer, name, dtype
         entry = layer.entries[name]
-        self.cfg, self.method, self.where, self.raw = entry.cfg, entry.method, entry.where, entry.raw
+        self.method, self.where, self.raw = entry.method, entry.where, entry.raw
 
     def __getattr__(self, key: str) -> Any:
         if key in ("where", "raw", "layer"):  # not set yet while copy and pickle rebuild the object
@@ -58,6 +60,10 @@ class View:
         return self.layer.site
 
     @property
+    def cfg(self) -> Any:
+        return self.layer.entries[self.name].cfg
+
+    @property
     def scaling(self) -> float:
         return self.layer.scaling[self.name]
 
@@ -66,9 +72,19 @@ class View:
         return self.layer.training
 
     @property
+    def memory(self) -> dict[str, Any]:
+        return self.layer.entries[self.name].memory
+
+    @property
     def data(self) -> dict[str, Any]:
         """Per-call data from the context."""
-        return self.layer.host.data
+        return self.layer.host.given()
+
+    @property
+    def dropping(self) -> bool:
+        """Whether `drop` changes what it is given."""
+        name = self.method.dropout
+        return name is not None and self.layer.training and getattr(self.cfg, name, 0.0) > 0
 
     def drop(self, x: Tensor) -> Tensor:
         if self.method.dropout is None or not self.layer.training:
@@ -76,6 +92,15 @@ class View:
         d: Any = self.layer._modules[self.method.dropout]
         module = d[self.name]
         return x if isinstance(module, nn.Identity) or not x.is_floating_point() else module(x)
+
+    @property
+    def dropout_rate(self) -> float:
+        """The rate of `drop` as it acts now: 0 outside training."""
+        if self.method.dropout is None or not self.layer.training:
+            return 0.0
+        d: Any = self.layer._modules[self.method.dropout]
+        module = d[self.name]
+        return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
     def copy_of_module(self, container: str) -> nn.Module:
         return self.layer._modules[container][self.name]  # type: ignore[index]
@@ -89,6 +114,8 @@ class Entry:
         self.shared: dict[str, Spec] = {}
         self.where: dict[str, tuple[Any, str]] = {}
         self.raw = frozenset(attribute(k) for k, s in specs.items() if s.raw)
+        self.start: tuple[Tensor, Tensor] | None = None  # the first A and B, where data took them out of the base
+        self.memory: dict[str, Any] = {}  # what the method keeps on this layer between calls; not saved
 
 
 def attribute(storage_name: str) -> str:
@@ -147,8 +174,10 @@ class Adapted(nn.Module):
         base_dtype = self.site.dtype if self.site.dtype.is_floating_point else torch.get_default_dtype()
         for key, spec in specs.items():
             if spec.value is None:
-                value = storage.empty(spec, device or self.site.device, dtype or base_dtype)
+                filed = spec.train or spec.save  # what no file brings is filled here and now
+                value = storage.empty(spec, (device if filed else None) or self.site.device, dtype or base_dtype)
             else:
+                assert isinstance(spec.value, Tensor)
                 value = spec.value.to(self.site.device)
             storage.place(self, key, name, spec, value, self.site)
             entry.where[attribute(key)] = storage.holder_of(self, key, name)
@@ -280,9 +309,15 @@ class Adapted(nn.Module):
         return method.forward(views, x, base, args, kwargs)
 
     def _substituted(self, args: tuple, kwargs: dict) -> Any:
-        """Call the base with the adapted weight in the place of its own."""
-        if not self._whole_call():
+        """Call the base with the adapted weight in the place of its own, or by a method that acts on the call."""
+        groups = self._whole_call()
+        if not groups:
             return self.base_layer(*args, **kwargs)
+        if self.site.whole:
+            call: Any = self.base_layer
+            for method, views in groups:
+                call = partial(_called, method, views, call)
+            return call(*args, **kwargs)
         with self.site.stand_in(*self.effective()):
             return self.base_layer(*args, **kwargs)
 
@@ -321,13 +356,15 @@ class Adapted(nn.Module):
     # -- merging --------------------------------------------------------------------------------------------
     def merged_weights(self, names: Sequence[str]) -> Weights:
         """(weight, bias) with these adapters, in float32 at least, in the site's layout."""
+        for name in names:
+            if name in self.entries and not self.entries[name].method.mergeable:
+                method = self.entries[name].method
+                raise CannotMerge(f"{method.name} on {self.site!r} depends on the input and has no merged weight")
         W, b = self.site.weight().detach(), self.site.bias()
         work = torch.promote_types(W.dtype, torch.float32)
         W, b = W.to(work), None if b is None else b.detach().to(work)
         with torch.no_grad():
             for method, views in self.groups(names, work):
-                if not method.mergeable:
-                    raise CannotMerge(f"{method.name} on {self.site!r} depends on the input and has no merged weight")
                 W, b = method.merged(views, W, b)
         return W, b
 
@@ -423,6 +460,10 @@ class Adapted(nn.Module):
         return ", ".join(f"{n}: {e.method.name}" for n, e in self.entries.items())
 
 
+def _called(method: Method, views: tuple[View, ...], base: Any, *args: Any, **kwargs: Any) -> Any:
+    return method.forward(views, None, base, args, kwargs)  # type: ignore[arg-type]
+
+
 class Base:
     """The base layer as methods see it: a call, a weight, a bias."""
 
@@ -432,11 +473,21 @@ class Base:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.site.module(x, *args, **kwargs)
 
+    def plain(self, x: Tensor) -> bool:
+        """Whether the call is x W^T + b and nothing else, in eager autograd."""
+        return self.site.plain() and x.dtype == self.site.dtype and plain_autograd(x)
+
     def weight(self) -> Tensor:
         return self.site.weight()
 
     def bias(self) -> Tensor | None:
         return self.site.bias()
+
+    def exact_for(self, x: Tensor) -> bool:
+        """Whether a change added to the weight keeps its small values: float32 or better throughout, no autocast."""
+        dtype, device = self.site.dtype, x.device
+        fine = x.dtype == dtype and dtype in (torch.float32, torch.float64) and self.site.device == device
+        return fine and not torch.is_autocast_enabled(device.type)
 
 
 class Stacked:
@@ -444,6 +495,9 @@ class Stacked:
 
     def __init__(self, base: Any, method: Method, views: tuple[View, ...]):
         self.base, self.method, self.views = base, method, views
+
+    def plain(self, x: Tensor) -> bool:
+        return False
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.method.forward(self.views, x, self.base, args, kwargs)
@@ -453,6 +507,9 @@ class Stacked:
 
     def bias(self) -> Tensor | None:
         return self.method.merged(self.views, self.base.weight(), self.base.bias())[1]
+
+    def exact_for(self, x: Tensor) -> bool:
+        return False
 
 
 def adapted_layers(model: nn.Module) -> Iterable[tuple[str, Adapted]]:

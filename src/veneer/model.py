@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import hub, prompts, state
+from . import files, hub, prompts, registry, schedule, state
 from . import inject as injection
 from .config import PeftConfig, PromptLearningConfig
 from .context import BASE, Host, Rows
@@ -64,7 +64,7 @@ class PeftModel(nn.Module):
             self.add_adapter(adapter_name, peft_config, fill=fill)
             self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
         else:
-            tuner = self._tuner_class()
+            tuner = registry.method_of(peft_config).tuner_class() or self._tuner_class()
             self.base_model = tuner(
                 model,
                 peft_config,
@@ -229,7 +229,7 @@ class PeftModel(nn.Module):
         self.host.activate(names)
         for n in self.prompt_configs:
             on = n in names and not inference_mode
-            for p in self.prompt_encoder[n].parameters():
+            for p in prompts.trained(self, n):
                 p.requires_grad_(on)
             for _, m in self._saved():
                 m.require_grad(n, on)
@@ -240,7 +240,7 @@ class PeftModel(nn.Module):
             self.base_model.set_requires_grad(adapter_names, requires_grad)
             return
         for n in self.known(adapter_names):
-            for p in self.prompt_encoder[n].parameters():
+            for p in prompts.trained(self, n):
                 p.requires_grad_(requires_grad)
 
     @contextmanager
@@ -285,7 +285,10 @@ class PeftModel(nn.Module):
             if self.prompt_configs is not None and self.host.enabled:
                 return prompts.generate(self, self.active_peft_config, args, kwargs)
             base: Any = self.get_base_model()
-            return base.generate(*args, **kwargs)
+            if self.prompt_configs is not None:
+                return base.generate(*args, **kwargs)
+            with self.base_model.call(args, kwargs):
+                return base.generate(*args, **kwargs)
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         return prompts.get_prompt(self, batch_size, task_ids)
@@ -440,6 +443,10 @@ class PeftModel(nn.Module):
         if strict:
             report.check(path)
         self.set_requires_grad(adapter, is_trainable)
+        if is_trainable and self.prompt_configs is None and adapter in schedule.names(self.base_model):
+            found = files.locate(model_id, schedule.FILE, **kwargs)
+            if found is not None:
+                schedule.load(self.base_model, adapter, found)
         return report
 
     def create_or_update_model_card(self, output_dir: str) -> None:

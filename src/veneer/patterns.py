@@ -10,14 +10,11 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from veneer.errors import NoMatchingPeftModuleError as NoMatchingModuleError
 from veneer.graph import name_tails
 
 T = TypeVar("T")
 Patterns = str | tuple[str, ...] | None
-
-
-class NoMatchingModuleError(ValueError):
-    """A pattern, or all of them together, leaves nothing to adapt."""
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,77 @@ class Entry(NamedTuple):
     method: str
     config: str
     public: bool = True  # False: reached by an option of another type's config (DoRA by LoRA's use_dora)
+    also: tuple[str, ...] = ()  # further public names of the module
 
 
 METHODS: dict[str, Entry] = {
+    "ADAMSS": Entry("methods.adamss", "AdaMSS", "AdamssConfig"),
+    "ADALORA": Entry("methods.adalora", "AdaLoRA", "AdaLoraConfig"),
+    "ADAPTION_PROMPT": Entry("methods.adaption_prompt", "AdaptionPrompt", "AdaptionPromptConfig"),
+    "BEFT": Entry("methods.beft", "BEFT", "BeftConfig"),
+    "BOFT": Entry("methods.boft", "BOFT", "BOFTConfig"),
+    "C3A": Entry("methods.c3a", "C3A", "C3AConfig"),
+    "DEFT": Entry("methods.deft", "DEFT", "DeftConfig"),
+    "FROD": Entry("methods.frod", "FRoD", "FrodConfig"),
+    "GLORA": Entry("methods.glora", "GLoRA", "GloraConfig"),
+    "HIRA": Entry("methods.hira", "HiRA", "HiraConfig"),
+    "HRA": Entry("methods.hra", "HRA", "HRAConfig"),
+    "FOURIERFT": Entry("methods.fourierft", "FourierFT", "FourierFTConfig"),
+    "GRALORA": Entry("methods.gralora", "GraLoRA", "GraloraConfig"),
     "IA3": Entry("methods.ia3", "IA3", "IA3Config"),
+    "LILY": Entry("methods.lily", "Lily", "LilyConfig"),
     "LN_TUNING": Entry("methods.ln_tuning", "LNTuning", "LNTuningConfig"),
     "LOHA": Entry("methods.loha", "LoHa", "LoHaConfig"),
+    "LOKR": Entry("methods.lokr", "LoKr", "LoKrConfig"),
     "LORA": Entry("methods.lora", "LoRA", "LoraConfig"),
+    "ARROW": Entry("methods.arrow", "Arrow", "LoraConfig", public=False),
     "DORA": Entry("methods.dora", "DoRA", "LoraConfig", public=False),
+    "ALORA": Entry("methods.alora", "ALoRA", "LoraConfig", public=False),
+    "BDLORA": Entry("methods.bdlora", "BdLoRA", "LoraConfig", public=False),
+    "KASA": Entry("methods.kasa", "KaSA", "LoraConfig", public=False),
+    "MICA": Entry("methods.mica", "MiCA", "LoraConfig", public=False),
+    "MONTECLORA": Entry("methods.monteclora", "MonteCLoRA", "LoraConfig", public=False),
+    "OSF": Entry("methods.osf", "OSF", "OSFConfig"),
+    "QALORA": Entry("methods.qalora", "QALoRA", "LoraConfig", public=False),
+    "VELORA": Entry("methods.velora", "VeLoRA", "LoraConfig", public=False),
+    "MISS": Entry("methods.miss", "MiSS", "MissConfig"),
+    "MISS_BAT": Entry("methods.miss", "MissBat", "MissConfig", public=False),
     "OFT": Entry("methods.oft", "OFT", "OFTConfig"),
-    "PREFIX_TUNING": Entry("methods.prefix_tuning", "PrefixTuning", "PrefixTuningConfig"),
-    "PROMPT_TUNING": Entry("methods.prompt_tuning", "PromptTuning", "PromptTuningConfig"),
+    "PEANUT": Entry("methods.peanut", "PEANuT", "PeanutConfig"),
+    "POLY": Entry("methods.poly", "Poly", "PolyConfig"),
+    "CARTRIDGE": Entry("methods.cartridge", "Cartridge", "CartridgeConfig", also=("CartridgeEncoder",)),
+    "CPT": Entry("methods.cpt", "CPT", "CPTConfig", also=("CPTEmbedding",)),
+    "MULTITASK_PROMPT_TUNING": Entry(
+        "methods.multitask_prompt_tuning",
+        "MultitaskPromptTuning",
+        "MultitaskPromptTuningConfig",
+        also=("MultitaskPromptTuningInit",),
+    ),
+    "P_TUNING": Entry(
+        "methods.p_tuning",
+        "PTuning",
+        "PromptEncoderConfig",
+        also=("PromptEncoder", "PromptEncoderReparameterizationType"),
+    ),
+    "PREFIX_TUNING": Entry("methods.prefix_tuning", "PrefixTuning", "PrefixTuningConfig", also=("PrefixEncoder",)),
+    "PROMPT_TUNING": Entry(
+        "methods.prompt_tuning", "PromptTuning", "PromptTuningConfig", also=("PromptEmbedding", "PromptTuningInit")
+    ),
+    "ROAD": Entry("methods.road", "RoAd", "RoadConfig"),
+    "SHIRA": Entry("methods.shira", "SHiRA", "ShiraConfig"),
+    "SUPERTUNING": Entry("methods.supertuning", "SuperTuning", "SupertuningConfig"),
+    "SHADOW": Entry("methods.shadow", "Shadow", "ShadowConfig"),
     "TRAINABLE_TOKENS": Entry("methods.trainable_tokens", "TrainableTokens", "TrainableTokensConfig"),
+    "DELORA": Entry("methods.delora", "DeLoRA", "DeloraConfig"),
+    "PSOFT": Entry("methods.psoft", "PSOFT", "PsoftConfig"),
+    "PVERA": Entry("methods.pvera", "PVeRA", "PveraConfig"),
+    "RANDLORA": Entry("methods.randlora", "RandLoRA", "RandLoraConfig"),
+    "TINYLORA": Entry("methods.tinylora", "TinyLoRA", "TinyLoraConfig"),
+    "UNILORA": Entry("methods.unilora", "UniLoRA", "UniLoraConfig"),
+    "VBLORA": Entry("methods.vblora", "VBLoRA", "VBLoRAConfig"),
     "VERA": Entry("methods.vera", "VeRA", "VeraConfig"),
+    "XLORA": Entry("methods.xlora", "XLora", "XLoraConfig"),
+    "WAVEFT": Entry("methods.waveft", "WaveFT", "WaveFTConfig"),
 }
 
 
@@ -67,7 +125,7 @@ def types() -> list[str]:
 
 def exports() -> dict[str, str]:
     """Public class name -> module, for lazy import."""
-    return {e.config: e.module for e in METHODS.values() if e.public}
+    return {name: e.module for e in METHODS.values() if e.public for name in (e.config, *e.also)}
 
 
 def _near(key: str) -> str:

@@ -12,10 +12,18 @@ from .context import Host
 from .errors import AdapterError
 
 
-class TokenHolder(nn.Module):
-    """Holds the adapter of trained embedding rows under the name that files know, `token_adapter`."""
+class Wrapper(nn.Module):
+    """A module of the engine's in place of one of the base's, beside those that adapt a layer's map."""
 
     is_adapter_wrapper = True
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """A file's key below this module -> the key in the module's own state dict."""
+        raise NotImplementedError
+
+
+class TokenHolder(Wrapper):
+    """Holds the adapter of trained embedding rows under the name that files know, `token_adapter`."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -34,6 +42,10 @@ class TokenHolder(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(*args, **kwargs)
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        key = "token_adapter.trainable_tokens_delta"
+        return {key: f"{key}.{adapter_name}"}
+
     def delete_adapter(self, adapter: str) -> None:
         """The adapter's tensors are the inner layer's, which is deleted from by itself."""
 
@@ -41,10 +53,8 @@ class TokenHolder(nn.Module):
         return self.token_adapter
 
 
-class SavedModule(nn.Module):
+class SavedModule(Wrapper):
     """Stands where the module stood; runs the active adapter's copy, or the original where none is active."""
-
-    is_adapter_wrapper = True
 
     def __init__(self, module: nn.Module, name: str, host: Host):
         super().__init__()
@@ -71,6 +81,12 @@ class SavedModule(nn.Module):
             if p.is_floating_point():
                 p.requires_grad_(True)
         self.modules_to_save[adapter] = made
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        if adapter_name not in self.modules_to_save:
+            return {}
+        held = self.modules_to_save[adapter_name].state_dict()
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in held}
 
     def delete_adapter(self, adapter: str) -> None:
         if adapter in self.modules_to_save:

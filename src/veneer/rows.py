@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from .context import Rows
+from .context import Rows, per_row
 from .errors import AdapterError
 from .kinds import Additive, Gate, LowRank, Method, Replace, Reweight
 
@@ -59,8 +59,9 @@ _IRRELEVANT = frozenset(
 class RowView:
     """A view whose tensors are one row's slices of a stack; stands in for View inside vmap."""
 
-    def __init__(self, view: View, tensors: dict[str, Tensor], scaling: Any):
+    def __init__(self, view: View, tensors: dict[str, Tensor], scaling: Any, data: dict[str, Any] | None = None):
         self.of, self.tensors, self.scaling = view, tensors, scaling
+        self.data = view.data if data is None else data
 
     def __getattr__(self, key: str) -> Any:
         tensors = self.__dict__["tensors"]
@@ -75,6 +76,7 @@ class Bucket:
     views: list[View]
     where: Tensor | None  # rows of the batch, None: all
     slot: Tensor  # for each such row, which view
+    size: int  # rows of the whole batch
 
     def take(self, x: Tensor) -> Tensor:
         return x if self.where is None else x[self.where]
@@ -100,8 +102,9 @@ class Bucket:
         tensors, scaling = self.stacked()
         tensors = {k: t[self.slot] for k, t in tensors.items()}
         first = self.views[0]
-        run = vmap(lambda t, s, v: f(RowView(first, t, s), v), randomness="different")
-        return run(tensors, scaling[self.slot], x)
+        data = {k: self.take(per_row(t, self.size)) for k, t in first.data.items() if k in self.method.reads}
+        run = vmap(lambda t, s, d, v: f(RowView(first, t, s, first.data | d), v), randomness="different")
+        return run(tensors, scaling[self.slot], data, x)
 
 
 def forward(layer: Adapted, rows: Rows, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
@@ -151,7 +154,15 @@ def _additive(b: Bucket, method: Additive, site: Any, x: Tensor) -> Tensor:
         zero = torch.zeros(site.out, dtype=part.dtype, device=part.device)
         table = torch.stack([zero if d is None else d.to(part.dtype) for d in deltas])[b.slot]
         part = part + vmap(site.per_feature)(table).reshape(len(table), *_broadcast(site, part))
-    return part
+    return part if method.everywhere else part * _acting(b, method, x)
+
+
+def _acting(b: Bucket, method: Any, x: Tensor) -> Tensor | float:
+    """Where each row's adapter acts, for methods that act on some tokens: broadcasts over the change."""
+    masks = [method.acts(v, x, b.take) for v in b.views]
+    if any(m is None for m in masks):
+        return 1.0
+    return torch.stack(masks)[b.slot, torch.arange(len(x), device=x.device)]
 
 
 def _broadcast(site: Any, part: Tensor) -> list[int]:
@@ -228,7 +239,11 @@ def _buckets(layer: Adapted, rows: Rows, x: Tensor) -> list[Bucket]:
         everyone = len(where) == len(index)
         out.append(
             Bucket(
-                views[members[0]].method, [views[i] for i in members], None if everyone else where.to(x.device), slots
+                views[members[0]].method,
+                [views[i] for i in members],
+                None if everyone else where.to(x.device),
+                slots,
+                len(x),
             )
         )
     return out
@@ -239,5 +254,6 @@ def _key(view: View) -> Any:
     if isinstance(method, LowRank) and site.kind == "linear" and type(method).side is LowRank.side:
         return (method.name,)
     shapes = tuple((k, tuple(getattr(h, leaf).shape)) for k, (h, leaf) in sorted(view.where.items()))
-    settings = tuple((k, repr(v)) for k, v in sorted(vars(view.cfg).items()) if k not in _IRRELEVANT)
+    hidden = _IRRELEVANT - method.settings
+    settings = tuple((k, repr(v)) for k, v in sorted(vars(view.cfg).items()) if k not in hidden)
     return method.name, shapes, settings

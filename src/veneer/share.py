@@ -122,6 +122,19 @@ def tie(tuner: Tuner, adapter: str, named: Named | None = None, *, fresh: bool =
             _tie_run(group, adapter, head, fresh)
 
 
+def tie_own(adapter: str, method: Method, cfg: Any, named: Sequence[tuple[str, Adapted]]) -> None:
+    """What the method itself shares between layers (Method.ties). named: (entry of target_modules, layer), in model
+    order."""
+    for head, length in method.ties(cfg).items():
+        alike: dict[Any, list[Adapted]] = {}
+        for entry, layer in named:
+            alike.setdefault((entry, layer.site.out, layer.site.inp), []).append(layer)
+        for members in alike.values():
+            step = length or len(members)
+            for start in range(0, len(members), step):
+                _tie_run(members[start : start + step], adapter, head, False)
+
+
 def _runs(layers: Named, length: int | None) -> Iterator[list[Adapted]]:
     by_name: dict[tuple[str, str], list[Adapted]] = {}
     for path, layer in layers:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .errors import AdapterError, CannotMerge
 
@@ -24,7 +25,9 @@ class Site(ABC):
 
     experts: how many maps a 3-D parameter stacks. names: the module's weight and bias. substitutes: the
     module's own forward does more than this map, so adapters act by a weight that stands in for it.
+    whole: the site is the module's call itself, not a weight in it.
     read_directly: the parent reads the layer's weight itself, so the wrapper's `weight` is the adapted one.
+    grouped: the weight is quantised with one scale for each group of inputs (GPTQ), which QALoRA pools.
     """
 
     kind: ClassVar[str]
@@ -33,7 +36,9 @@ class Site(ABC):
     experts: int = 1
     names: tuple[str, str] = ("weight", "bias")
     substitutes: ClassVar[bool] = False
+    whole: ClassVar[bool] = False
     read_directly: bool = False
+    grouped: bool = False
     private: ClassVar[frozenset[str]] = frozenset()  # underscored attributes that parents read
 
     def __init__(self, module: nn.Module, name: str = ""):
@@ -51,6 +56,11 @@ class Site(ABC):
     @abstractmethod
     def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         """The layer's own operation with another weight, its number of outputs free."""
+
+    def plain(self) -> bool:
+        """Whether calling the module is x W^T + b and nothing else: its class's own forward, no hooks, no weight
+        of a class that computes in another way."""
+        return False
 
     # -- the base's weight --------------------------------------------------------------------------
     @property
@@ -153,14 +163,24 @@ class Site(ABC):
 
 def _accumulate(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     """One product that adds onto y, without a full-size tensor for the change."""
-    if y.dtype != h.dtype or h.dtype != B.dtype:
+    if y.dtype != h.dtype or h.dtype != B.dtype or isinstance(scaling, Tensor):
         return y + (F.linear(h, B) * scaling).to(y.dtype)
-    flat = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), B.mT, alpha=scaling)
+    rows = y.numel() // y.shape[-1]  # not -1: a rank may be zero
+    flat = torch.addmm(y.reshape(rows, -1), h.reshape(rows, h.shape[-1]), B.mT, alpha=scaling)
     return flat.reshape(y.shape)
+
+
+def _plain(module: nn.Module) -> bool:
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    own = type(module._parameters.get("weight")) is nn.Parameter and "forward" not in module.__dict__
+    return own and not hooks and not _has_any_global_hook()
 
 
 class LinearSite(Site):
     kind = "linear"
+
+    def plain(self) -> bool:
+        return type(self.module).forward is nn.Linear.forward and _plain(self.module)
 
     def accumulate(self, y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
         return _accumulate(y, h, B, scaling)
@@ -176,6 +196,9 @@ class Conv1DSite(Site):
     """transformers' Conv1D: a Linear whose weight is stored (inp, out)."""
 
     kind = "linear"
+
+    def plain(self) -> bool:
+        return type(self.module).__module__ == "transformers.pytorch_utils" and _plain(self.module)
 
     def accumulate(self, y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
         return _accumulate(y, h, B, scaling)
@@ -312,11 +335,30 @@ class ModuleSite(Site):
         raise AdapterError(f"{self!r}: {type(self.module).__name__} is not a linear map")
 
 
+class BlockSite(ModuleSite):
+    """A module whose whole call a method acts on: an attention, a decoder block."""
+
+    kind = "block"
+    substitutes = True
+    names = ("", "")
+    whole = True
+
+    def __repr__(self) -> str:
+        return f"{self.name} ({type(self.module).__name__})"
+
+    @property
+    def stored(self) -> Tensor:
+        """Its first parameter: where the adapter's tensors go, and in which precision."""
+        return next(self.module.parameters())
+
+
 def site_of(module: nn.Module, name: str = "", wanted: frozenset[str] | None = None) -> Site | None:
     """The Site of a module, or None where veneer has no view of it. `wanted`: the kinds a method supports."""
     from .attention import AttentionSite
     from .backends import site_of_backend
 
+    if wanted is not None and "block" in wanted:
+        return BlockSite(module, name)
     site: Site | None = site_of_backend(module, name)
     if site is None:
         if isinstance(module, nn.Linear):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import share
+from . import convert, share
 from .errors import AdapterError, LoadError
 from .kinds import Spec
 
@@ -87,7 +87,14 @@ def collect(
                 f"{key} holds no data ({'meta device' if t.is_meta else 'empty'}): parameters that are sharded or "
                 "offloaded must be gathered before saving"
             )
+    out = _method(tuner, adapter).to_disk(tuner.peft_config[adapter], out)
     return share.compact(out, tuner, adapter) if compact else out
+
+
+def _method(tuner: Tuner, adapter: str) -> Any:
+    from .registry import method_of
+
+    return method_of(tuner.peft_config[adapter])
 
 
 def _declared_shape(tuner: Tuner, adapter: str, key: str, prefix: str) -> tuple[int, ...]:
@@ -160,14 +167,19 @@ def put(
     extra(key, tensor) may take keys that are not the adapter's (saved embeddings).
     """
     report = LoadReport()
-    tensors = share.expand(tensors, tuner, adapter)
+    tensors = convert.own_part(tuner, adapter, share.expand(tensors, tuner, adapter), prefix)
+    shapes = {p.key: tuple(p.get().shape) for p in places(tuner, adapter, prefix)}
+    tensors = _method(tuner, adapter).from_disk(tuner.peft_config[adapter], tensors, shapes)
+    wanted = list(places(tuner, adapter, prefix))
+    own = {place.key for place in wanted}
     left: dict[str, str] = {}
     for k in tensors:  # a tensor that a file holds under an old and a current name is read by the current one
-        if (clean := _clean(k, adapter)) == k or clean not in left:
+        clean = k if k in own else _clean(k, adapter)  # an adapter named "0" is not each layer's number
+        if clean == k or clean not in left:
             left[clean] = k
     made: dict[int, nn.Parameter] = {}
-    for place in list(places(tuner, adapter, prefix)):
-        source = left.pop(place.key, None)
+    for place in wanted:
+        source = left.pop(place.key, None) or left.pop(_clean(place.key, adapter), None)
         if source is None:
             if place.saved:
                 report.missing_keys.append(place.key)
@@ -180,6 +192,8 @@ def put(
         report.mismatched_keys.clear()
     for _, layer in tuner.layers():
         layer.changed()
+        if (entry := layer.entries.get(adapter)) is not None and not layer.site.stored.is_meta:
+            entry.method.restore(layer.view(adapter), entry.cfg, layer.site.weight)
     return report
 
 
@@ -232,7 +246,7 @@ def only(tensors: dict[str, Tensor], model: Any, adapter: str) -> dict[str, Tens
     from . import hub
 
     wanted = hub.tensors_of(model, adapter)
-    cleaned = {_clean(k, adapter): t for k, t in tensors.items()}
+    cleaned = {k if k in wanted else _clean(k, adapter): t for k, t in tensors.items()}
     missing = [k for k in wanted if k not in cleaned]
     if missing:
         raise AdapterError(f"the state dict given to save has no {missing[0]} ({len(missing)} tensors are missing)")

@@ -120,7 +120,7 @@ def make_slot(spec: Spec, site: Site) -> nn.Module:
 
 
 def place(owner: nn.Module, storage: str, adapter: str, spec: Spec, value: Tensor, site: Site) -> None:
-    """Put a tensor into owner's container for `storage` ("lora_A.weight" or "vera_lambda_b")."""
+    """Put a tensor into owner's container for `storage` ("lora_A.weight", "vera_lambda_b", "net.0.weight")."""
     head, _, leaf = storage.partition(".")
     tensor: Any = nn.Parameter(value, requires_grad=False) if spec.train else value
     if not leaf:
@@ -134,9 +134,14 @@ def place(owner: nn.Module, storage: str, adapter: str, spec: Spec, value: Tenso
     if boxes is None:
         boxes = nn.ModuleDict()
         owner.add_module(head, boxes)
+    *inner, leaf = leaf.split(".")
     if adapter not in boxes:
-        boxes[adapter] = make_slot(spec, site)
+        boxes[adapter] = Slot() if inner else make_slot(spec, site)
     slot = boxes[adapter]
+    for part in inner:
+        if part not in slot._modules:
+            slot.add_module(part, make_slot(spec, site))
+        slot = slot._modules[part]
     if spec.train:
         slot.register_parameter(leaf, tensor)
     else:
@@ -145,9 +150,12 @@ def place(owner: nn.Module, storage: str, adapter: str, spec: Spec, value: Tenso
 
 def holder_of(owner: nn.Module, storage: str, adapter: str) -> tuple[Any, str]:
     """(module, attribute) such that getattr(module, attribute) is the tensor."""
-    head, _, leaf = storage.partition(".")
+    head, *inner = storage.split(".")
     box: Any = owner._modules[head]
-    return (box[adapter], leaf) if leaf else (box, adapter)
+    if not inner:
+        return box, adapter
+    *path, leaf = inner
+    return box[adapter].get_submodule(".".join(path)), leaf
 
 
 def remove(owner: nn.Module, storage: str, adapter: str) -> None:

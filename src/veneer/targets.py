@@ -140,8 +140,11 @@ class _Search:
             entries = frozenset(wanted)
             return lambda name, module: [tail for tail in name_tails(name) if tail in entries]
         if wanted.lower() == ALL_LINEAR:
+            from .layer import Adapted
+
             heads = _heads(self.model, self.spec.task_type)
-            return lambda name, module: [wanted] if is_linear(module) and module not in heads else []
+            itself: Any = lambda m: m.get_base_layer() if isinstance(m, Adapted) else m
+            return lambda name, module: [wanted] if is_linear(itself(module)) and module not in heads else []
         rule = compile_pattern(wanted, "target_modules")
         return lambda name, module: [wanted] if rule.fullmatch(name) else []
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import attach, registry, schedule, storage
 from . import inject as injection
-from . import registry, storage
 from .config import PeftConfig
 from .context import Host
 from .errors import AdapterError, PeftWarning
+from .kinds import Method
 from .layer import Adapted, attribute
 from .replace import SavedModule
 from .site import Site
@@ -41,8 +43,13 @@ class Tuner(nn.Module):
         self.model = model
         self.host = Host()
         self.peft_config: dict[str, Any] = {}
+        self.methods: dict[str, Method] = {}
+        self.reading: dict[str, Method] = {}  # adapters whose methods take arguments of a call
         self.shared: dict[str, dict[str, Any]] = {}
         self.targeted: dict[str, list[str]] = {}
+        self.replicated: list[list[int]] | None = None  # ranges of layer_replication, once they are in place
+        self.schedules: dict[str, schedule.Schedule] = {}
+        self.attached = attach.Attached(self)
         self.autocast_adapter_dtype = autocast_adapter_dtype
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         for name, cfg in configs.items():
@@ -58,7 +65,58 @@ class Tuner(nn.Module):
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
+        with self.call(args, kwargs):
+            out = self.model(*args, **kwargs)
+        if self.training and self.host.enabled and torch.is_grad_enabled() and schedule.names(self):
+            schedule.watch(self)
+            schedule.add_loss(self, out, kwargs)
+        return out
+
+    @property
+    def update_and_allocate(self) -> Callable[[int], None]:
+        """update_and_allocate(step): the active adapters' schedules, where the training loop runs them itself."""
+        if not schedule.names(self):
+            raise AttributeError("no active adapter has a schedule (AdaLoRA, AdaMSS with use_asa)")
+        return partial(schedule.by_hand, self)
+
+    def call(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A context for what this call gives to the adapters (task ids); those arguments are taken out of `kwargs`."""
+        if not self.reading:
+            return nullcontext()
+        names = frozenset().union(*(m.reads for m in self.reading.values()))
+        return self._given(self.reading, names, args, kwargs)
+
+    def extra_loss(self) -> Tensor | float:
+        """What the active adapters' methods add to a training loss; 0.0 where none does or the model is in eval."""
+        total: Any = 0.0
+        for name in self.host.active if self.training and self.host.enabled else ():
+            method = registry.method_of(self.peft_config[name])
+            if type(method).extra_loss is not Method.extra_loss:
+                part = method.extra_loss([m.view(name) for _, m in self.layers() if name in m.entries])
+                total = total if part is None else total + part
+        return total
+
+    @contextmanager
+    def _given(self, reading: Any, names: frozenset[str], args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+        data = {n: kwargs.pop(n) for n in sorted(names) if kwargs.get(n) is not None}
+        for n in names:
+            kwargs.pop(n, None)
+        batch = next((v for k, v in [("", a) for a in args] + list(kwargs.items()) if torch.is_tensor(v)), None)
+        for n, given in data.items():
+            if batch is not None and len(given) != len(batch):
+                raise ValueError(f"{n} has {len(given)} entries and the batch {len(batch)} rows; give one a row")
+        acting = self.host.rows.names if self.host.rows is not None else self.host.active
+        for name, method in reading.items():
+            if name in acting:
+                method.check_call(self.peft_config[name], data)
+        with self.host.call(**data), ExitStack() as stack:
+            for method in dict.fromkeys(reading.values()):
+                watching = method.listener(self, args, kwargs)
+                if watching is not None:
+                    stack.enter_context(watching)
+            yield
+            if self.host.data and self.training and torch.is_grad_enabled():
+                self.host.remember()
 
     @property
     def model_type(self) -> str | None:
@@ -92,6 +150,9 @@ class Tuner(nn.Module):
         self.check_new(name, cfg)
         first = not self.peft_config
         self.peft_config[name] = cfg
+        if registry.method_of(cfg).reads:
+            self.reading[name] = registry.method_of(cfg)
+        self.methods[name] = registry.method_of(cfg)
         if first:
             for p in self.model.parameters():
                 p.requires_grad_(False)
@@ -100,6 +161,9 @@ class Tuner(nn.Module):
             injection.save_whole(self.model, self.host, name, cfg, meta=low_cpu_mem_usage)
         except Exception:
             self.peft_config.pop(name)
+            self.reading.pop(name, None)
+            self.methods.pop(name, None)
+            self.attached.remove(name)
             for _, m in list(self.wrappers()):
                 m.delete_adapter(name)
             raise
@@ -118,11 +182,23 @@ class Tuner(nn.Module):
         if name in self.peft_config:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
         method = registry.method_of(cfg)
+        own = method.tuner_class()
+        if own is not None and not isinstance(self, own):
+            raise ValueError(
+                f"{method.name} acts on the whole model's call, which this model was not made for; make it with "
+                f"get_peft_model(base, {type(cfg).__name__}(...))"
+            )
         for other in self.peft_config.values():
             if not self.mixes and registry.method_of(other).prefix != method.prefix:
                 raise ValueError(
                     f"this model has {other.peft_type} adapters and cannot take {cfg.peft_type} beside them; "
                     "use get_peft_model(..., mixed=True)"
+                )
+            if not self.mixes and registry.method_of(other).exclusive != method.exclusive:
+                alone = method.name if method.exclusive else registry.method_of(other).name
+                raise ValueError(
+                    f"{alone} cannot be combined with adapters that don't use it, since {alone} modifies the base "
+                    f"weights: adapter {name!r} does not fit beside {', '.join(map(repr, self.peft_config))}"
                 )
         biased = [n for n, c in {**self.peft_config, name: cfg}.items() if getattr(c, "bias", "none") != "none"]
         if len(biased) > 1:
@@ -140,8 +216,12 @@ class Tuner(nn.Module):
             m.delete_adapter(adapter_name)
         for key in self.shared.pop(adapter_name, {}):
             storage.remove(self, key, adapter_name)
+        self.attached.remove(adapter_name)
         del self.peft_config[adapter_name]
+        self.reading.pop(adapter_name, None)
+        self.methods.pop(adapter_name, None)
         self.targeted.pop(adapter_name, None)
+        self.schedules.pop(adapter_name, None)
         left = tuple(n for n in self.host.active if n != adapter_name)
         self.host.activate(left)
         if not left and self.peft_config:
@@ -189,6 +269,7 @@ class Tuner(nn.Module):
             if spec.train:
                 holder, leaf = storage.holder_of(self, key, adapter)
                 getattr(holder, leaf).requires_grad_(on)
+        self.attached.require_grad(adapter, on)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for n in self.known(adapter_names):
@@ -258,6 +339,7 @@ class Tuner(nn.Module):
     def unload(self) -> nn.Module:
         """The base model as it was, without the adapters."""
         self.unmerge_adapter()
+        self.attached.detach()
         return self._unwrapped(lambda layer: layer.base_layer, [])
 
     def _unwrapped(self, base_of: Callable[[Adapted], nn.Module], saved: Sequence[str] | None) -> nn.Module:
@@ -317,3 +399,4 @@ class Tuner(nn.Module):
                 yield (path, spec.file or key, spec, *entry.where[attribute(key)])
         for key, spec in self.shared.get(adapter, {}).items():
             yield ("", spec.file or key, spec, *storage.holder_of(self, key, adapter))
+        yield from self.attached.tensor_names(adapter)

@@ -22,6 +22,13 @@ OWN = {
     "Matrices",
     "LayerwiseHandoff",
     "hand_off",
+    "CordaConfig",  # peft has these four inside peft.tuners.lora
+    "LoraGAConfig",
+    "preprocess_corda",
+    "reduce_intruder_dimension",  # and these in peft.tuners.lora.intruders and peft.utils.hotswap
+    "hotswap_adapter",
+    "prepare_model_for_compiled_hotswap",
+    "base_kernels",
     "__version__",
 }
 

@@ -8,8 +8,7 @@ import peft
 import torch
 import transformers as tf
 
-from veneer.methods.prefix_tuning import PrefixTuningConfig
-from veneer.methods.prompt_tuning import PromptTuningConfig
+import veneer
 from veneer.model import get_peft_model
 
 IDS = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -62,15 +61,16 @@ def make(arch: str, task: str, seed: int = 0, **changes: Any) -> Any:
     return model.eval()
 
 
-def batch(task: str, pad: str | None = "right", labels: bool = True) -> dict[str, torch.Tensor]:
-    """Two rows of six tokens; pad: the side on which the second row has two tokens of padding."""
+def batch(task: str, pad: str | None = "right", labels: bool = True, method: str = "") -> dict[str, torch.Tensor]:
+    """Two rows of six tokens; pad: the side on which the second row has two tokens of padding. method: with what it
+    takes beside the base's arguments."""
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 60, (2, 6), generator=draw)
     mask = torch.ones_like(ids)
     if pad:
         mask[1, slice(4, 6) if pad == "right" else slice(0, 2)] = 0
     ids = ids.masked_fill(mask == 0, 0)
-    out = {"input_ids": ids, "attention_mask": mask}
+    out = {"input_ids": ids, "attention_mask": mask, **own(method, 2)}
     if not labels:
         return out
     if task == "CAUSAL_LM":
@@ -86,10 +86,40 @@ def batch(task: str, pad: str | None = "right", labels: bool = True) -> dict[str
     return out
 
 
+def own(method: str, rows: int = 1) -> dict[str, torch.Tensor]:
+    """What a method takes beside the base's arguments: every row of the second task."""
+    return {"task_ids": torch.ones(rows, dtype=torch.long)} if method == "multitask" else {}
+
+
 N = 3
-OURS = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}
-THEIRS = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}
-METHODS = tuple(OURS)
+CONTEXT = {"cpt_token_ids": [5, 9, 7], "cpt_mask": [1, 1, 1], "cpt_tokens_type_mask": [1, 2, 4]}
+FAR = {"opt_projection_epsilon": 9.0, "opt_projection_format_epsilon": 5.0, "opt_weighted_loss_type": "decay"}
+ZOO: dict[str, tuple[str, dict[str, Any]]] = {
+    "prompt": ("PromptTuningConfig", {}),
+    "prefix": ("PrefixTuningConfig", {}),
+    "mlp": ("PromptEncoderConfig", {"encoder_hidden_size": 20}),
+    "lstm": ("PromptEncoderConfig", {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 8}),
+    "multitask": ("MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}),
+    "cartridge": ("CartridgeConfig", {}),
+    "cpt": ("CPTConfig", {**CONTEXT, **FAR, "opt_loss_decay_factor": 0.7}),
+}
+METHODS = tuple(ZOO)
+CACHES = ("prefix", "cartridge")
+
+
+def config(method: str, task: str | None, theirs: bool = False, **settings: Any) -> Any:
+    """A method's config, of veneer or of peft, for N virtual tokens or what the settings say."""
+    name, given = ZOO[method]
+    return getattr(peft if theirs else veneer, name)(
+        **{"task_type": task, "num_virtual_tokens": N, **given, **settings}
+    )
+
+
+def trained(model: Any) -> torch.Tensor:
+    """The adapter's first trained tensor."""
+    return next(p for p in model.prompt_encoder["default"].parameters() if p.requires_grad)
+
+
 DECODERS = ("llama", "gpt2", "opt", "bloom", "bart")
 LM = [(arch, "CAUSAL_LM") for arch in DECODERS] + [("t5", "SEQ_2_SEQ_LM"), ("bart", "SEQ_2_SEQ_LM")]
 HEADS = [
@@ -104,19 +134,41 @@ HEADS = [
     ("bert", "FEATURE_EXTRACTION"),
     ("llama", "FEATURE_EXTRACTION"),
 ]
+
+
+EVERY = ("prompt", "prefix")  # on every architecture; the others, which share their code, on the four below
+FEW = ("llama", "gpt2", "t5", "bert")
+
+
+def cases(pairs: list[tuple[str, str]], methods: tuple[str, ...] = METHODS) -> list[tuple[str, str, str]]:
+    """(method, architecture, task) for each method that knows the task."""
+    return [
+        (m, arch, task)
+        for m in methods
+        for arch, task in pairs
+        if (m != "cpt" or task == "CAUSAL_LM") and (m in EVERY or arch in FEW)
+    ]
+
+
+def peft_has(case: tuple[str, str, str]) -> bool:
+    """Whether peft has a right answer: its multitask prompts take no task_ids for some tasks, and in an
+    encoder-decoder stand before the decoder in training and not in generation."""
+    return case[0] != "multitask" or case[2] not in ("SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def adapted(method: str, arch: str, task: str, changes: dict | None = None, **settings: Any) -> Any:
     torch.manual_seed(3)
-    cfg = OURS[method](task_type=task, num_virtual_tokens=N, **settings)
+    cfg = config(method, task, **settings)
     return get_peft_model(make(arch, task, **(changes or {})), cfg).eval()
 
 
 def twin(method: str, arch: str, task: str, changes: dict | None = None, **settings: Any) -> Any:
     """peft's model of the same seed: the same base, heads and prompt."""
     torch.manual_seed(3)
-    cfg = THEIRS[method](task_type=task, num_virtual_tokens=N, **settings)
+    cfg = config(method, task, theirs=True, **settings)
     return peft.get_peft_model(make(arch, task, **(changes or {})), cfg).eval()
 
 

@@ -9,7 +9,22 @@ from typing import Any
 import peft
 import pytest
 import torch
-from prompt_zoo import CLOSE, HEADS, LM, METHODS, OURS, N, adapted, batch, main_output, make, twin
+from prompt_zoo import (
+    CACHES,
+    CLOSE,
+    HEADS,
+    LM,
+    METHODS,
+    N,
+    adapted,
+    batch,
+    cases,
+    config,
+    main_output,
+    make,
+    peft_has,
+    twin,
+)
 from safetensors.torch import load_file, save_file
 
 from veneer.errors import AdapterError, PeftWarning
@@ -20,12 +35,12 @@ from veneer.model import PeftModel, get_peft_model
 # -- the same as peft --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("arch", "task"), LM + HEADS)
+@pytest.mark.parametrize(("method", "arch", "task"), filter(peft_has, cases(LM + HEADS)))
 def test_output_and_loss_equal_peft(method: str, arch: str, task: str) -> None:
     ours, theirs = adapted(method, arch, task), twin(method, arch, task)
-    per_token = method == "prompt" and task in ("TOKEN_CLS", "QUESTION_ANS")  # peft's labels miss the prompt
-    data = batch(task, pad=None if task == "SEQ_CLS" and arch != "bert" else "right", labels=not per_token)
+    per_token = method not in CACHES and task in ("TOKEN_CLS", "QUESTION_ANS")  # peft's labels miss the prompt
+    pad = None if task == "SEQ_CLS" and arch != "bert" else "right"
+    data = batch(task, pad, not per_token, method)
     with torch.no_grad():
         a, b = ours(**data), theirs(**data)
     torch.testing.assert_close(main_output(a), main_output(b), **CLOSE)
@@ -33,12 +48,11 @@ def test_output_and_loss_equal_peft(method: str, arch: str, task: str) -> None:
         torch.testing.assert_close(a.loss, b.loss, **CLOSE)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("arch", "task"), LM)
+@pytest.mark.parametrize(("method", "arch", "task"), cases(LM))
 @pytest.mark.parametrize("search", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_generated_tokens_equal_peft(method: str, arch: str, task: str, search: dict) -> None:
     ours, theirs = adapted(method, arch, task), twin(method, arch, task)
-    data = batch(task, pad=None if arch != "t5" else "right", labels=False)
+    data = batch(task, None if arch != "t5" else "right", False, method)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **search}
     assert ours.generate(**data, **settings).tolist() == theirs.generate(**data, **settings).tolist()
 
@@ -46,17 +60,17 @@ def test_generated_tokens_equal_peft(method: str, arch: str, task: str, search: 
 @pytest.mark.parametrize("method", METHODS)
 def test_sampled_tokens_equal_peft(method: str) -> None:
     ours, theirs = adapted(method, "llama", "CAUSAL_LM"), twin(method, "llama", "CAUSAL_LM")
-    data, out = batch("CAUSAL_LM", pad=None, labels=False), []
+    data, out = batch("CAUSAL_LM", None, False, method), []
     for model in (ours, theirs):
         torch.manual_seed(5)
         out.append(model.generate(**data, max_new_tokens=6, do_sample=True, num_return_sequences=2).tolist())
     assert out[0] == out[1]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "cpt"])
 def test_token_types_and_embeddings_equal_peft(method: str) -> None:
     ours, theirs = adapted(method, "bert", "SEQ_CLS"), twin(method, "bert", "SEQ_CLS")
-    data = batch("SEQ_CLS")
+    data = batch("SEQ_CLS", method=method)
     types = data | {"token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1]]).expand(2, 6)}
     with torch.no_grad():
         torch.testing.assert_close(ours(**types).loss, theirs(**types).loss, **CLOSE)
@@ -109,12 +123,14 @@ def test_which_pair_each_decoder_layer_reads_equals_peft(layers: int, arch: str)
         torch.testing.assert_close(ours(**data).logits, theirs(**data).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("arch", "task"), [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")])
+@pytest.mark.parametrize(
+    ("method", "arch", "task"),
+    filter(peft_has, cases([("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")])),
+)
 def test_files_go_both_ways(method: str, arch: str, task: str, tmp_path: Any) -> None:
     settings = {"prefix_projection": True} if method == "prefix" else {}
     ours, theirs = adapted(method, arch, task, **settings), twin(method, arch, task, **settings)
-    data = batch(task)
+    data = batch(task, method=method)
     for p in [*ours.prompt_encoder.parameters(), *theirs.prompt_encoder.parameters()]:
         p.data.add_(0.3)
     ours.save_pretrained(str(tmp_path / "ours"))
@@ -147,7 +163,8 @@ def test_half_precision_base_keeps_float32_prompts(method: str) -> None:
     theirs.base_model.bfloat16()
     assert {p.dtype for p in ours.prompt_encoder.parameters()} == {torch.float32}
     with torch.no_grad():
-        a, b = ours(**batch("CAUSAL_LM")).logits, theirs(**batch("CAUSAL_LM")).logits
+        data = batch("CAUSAL_LM", method=method)
+        a, b = ours(**data).logits, theirs(**data).logits
     assert a.dtype == b.dtype == torch.bfloat16
     torch.testing.assert_close(a, b, atol=0.02, rtol=0.02)
 
@@ -227,7 +244,7 @@ def test_settings_that_do_not_fit(method: str, settings: dict, said: str) -> Non
     with pytest.raises(ValueError, match=said):
         get_peft_model(
             make("llama", "CAUSAL_LM"),
-            OURS[method](**{"task_type": "CAUSAL_LM", "num_virtual_tokens": N, **settings}),
+            config(method, "CAUSAL_LM", **settings),
         )
 
 

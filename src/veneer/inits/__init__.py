@@ -13,15 +13,26 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError
+from .settings import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, settle
 
 if TYPE_CHECKING:
     from ..layer import View
 
-# Drawn from data by other tools; the finished adapter is an ordinary one and loads.
-ELSEWHERE = frozenset({"eva"})
+__all__ = ["CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig", "changes_base", "initial", "settle"]
 
 # name -> does it change the base's weight
-INITS = {"default": False, "random": False, "gaussian": False, "orthogonal": False, "pissa": True, "olora": True}
+INITS = {
+    "default": False,
+    "random": False,
+    "gaussian": False,
+    "orthogonal": False,
+    "pissa": True,
+    "olora": True,
+    "loftq": True,
+    "eva": False,
+    "corda": True,
+    "lora_ga": True,
+}
 
 
 def _name(cfg: Any) -> str:
@@ -44,7 +55,7 @@ def _name(cfg: Any) -> str:
 
 
 def changes_base(cfg: Any) -> bool:
-    return str(cfg.init_lora_weights).lower() not in ELSEWHERE and INITS[_name(cfg)]
+    return INITS[_name(cfg)]
 
 
 def initial(p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:

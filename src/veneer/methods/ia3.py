@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,6 +63,7 @@ class IA3(Gate):
     sites = frozenset({"linear", "conv", "embedding"})
     prefix = "ia3_"
     defaults = "ia3"
+    example: ClassVar[dict[str, Any]] = {"feedforward_modules": ["down_proj"]}
 
     def prepare(self, cfg: Any, model: torch.nn.Module, model_type: str | None) -> None:
         by_architecture = cfg.target_modules is None

@@ -26,6 +26,8 @@ from ..errors import AdapterError
 from ..kinds import LowRank, Spec
 from ..layer import View
 from ..site import Site
+from . import lora_options
+from .lora_options import ArrowConfig, BdLoraConfig, KasaConfig, LoraRuntimeConfig, MontecloraConfig, VeloraConfig
 
 DENSE = frozenset({"linear", "conv", "embedding", "attention"})
 
@@ -35,8 +37,14 @@ class LoraConfig(AdapterConfig):
     """r: rank. lora_alpha: the change is scaled by lora_alpha / r. lora_dropout: on the adapter's input.
 
     bias: "none", "all" or "lora_only", which of the base's biases are trained. init_lora_weights: True (A random,
-    B zero), False (both random, for tests), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora".
+    B zero), False (both random, for tests), "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "mica",
+    "loftq" (with loftq_config), "eva" (eva_config), "corda" (corda_config), "lora_ga" (lora_ga_config): see
+    veneer.inits.
     rank_pattern, alpha_pattern: {layer name or regex: value}. target_parameters: names of 3-D expert weights.
+    Variants: use_dora, velora_config, alora_invocation_tokens (token ids after which the adapter acts), use_qalora with
+    qalora_group_size, monteclora_config, use_bdlora, kasa_config. layer_replication: [first, end) ranges of the base's
+    layers that make a deeper stack over the same weights. megatron_config, megatron_core: kept for files;
+    Megatron's own parallel layers are not adapted.
     """
 
     r: int = 8
@@ -48,24 +56,34 @@ class LoraConfig(AdapterConfig):
     init_lora_weights: bool | str = True
     rank_pattern: dict | None = field(default_factory=dict)
     alpha_pattern: dict | None = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: inits.LoftQConfig | dict = field(default_factory=dict)
+    eva_config: inits.EvaConfig | dict | None = None
+    corda_config: inits.CordaConfig | dict | None = None
+    lora_ga_config: inits.LoraGAConfig | dict | None = None
     use_dora: bool = False
+    velora_config: VeloraConfig | dict | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: MontecloraConfig | dict | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
+    use_bdlora: BdLoraConfig | dict | None = None
+    arrow_config: ArrowConfig | dict | None = None
+    kasa_config: KasaConfig | dict | None = None
     ensure_weight_tying: bool = False
-    spent: ClassVar[frozenset[str]] = frozenset(
-        {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config", "megatron_core",
-         "qalora_group_size", "runtime_config"}
-    )  # fmt: skip
-    unsupported: ClassVar[frozenset[str]] = frozenset(
-        {"alora_invocation_tokens", "use_qalora", "use_bdlora", "velora_config", "monteclora_config",
-         "layer_replication",
-         "arrow_config", "kasa_config"}
-    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "LORA"
+        inits.settle(self)
+        for name in lora_options.PARTS:
+            setattr(self, name, lora_options.made(name, getattr(self, name)))
         if self.lora_bias and self.use_dora:
             raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
         if self.lora_bias and self.init_lora_weights not in (True, False):
@@ -73,6 +91,10 @@ class LoraConfig(AdapterConfig):
                 f"The argument lora_bias=True is only supported with init_lora_weights=True or False, got "
                 f"init_lora_weights={self.init_lora_weights!r} instead."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but those of one run."""
+        return {k: v for k, v in super().to_dict().items() if k != "runtime_config"}
 
 
 def lora_tensors(cfg: LoraConfig, site: Site) -> dict[str, Spec]:
@@ -100,6 +122,37 @@ def lora_scaling(cfg: LoraConfig) -> float:
     return cfg.lora_alpha / (math.sqrt(cfg.r) if cfg.use_rslora else cfg.r)
 
 
+# option of the config -> the variant that it selects; at most one of them
+VARIANTS = {
+    "alora_invocation_tokens": "ALORA",
+    "arrow_config": "ARROW",
+    "kasa_config": "KASA",
+    "monteclora_config": "MONTECLORA",
+    "use_bdlora": "BDLORA",
+    "use_dora": "DORA",
+    "velora_config": "VELORA",
+}
+
+
+def lora_variant(cfg: LoraConfig) -> str | None:
+    """The registry name of the variant that a config asks for.
+
+    Raises ValueError for two at once.
+    """
+    asked = {k: v for k, v in VARIANTS.items() if getattr(cfg, k) not in (None, False)}
+    if str(cfg.init_lora_weights).lower() == "mica":
+        asked["mica"] = "MICA"
+    if len(asked) > 1:
+        raise ValueError(
+            f"Invalid or unsupported variant combination: {tuple(sorted(asked))}; set one of these options alone"
+        )
+    return next(iter(asked.values()), "QALORA" if cfg.use_qalora else None)
+
+
+def lora_bias_delta(p: View) -> Tensor | None:
+    return p.lora_B_bias * p.scaling if p.cfg.lora_bias else None
+
+
 def lora_check(cfg: LoraConfig, site: Site) -> None:
     if cfg.r <= 0:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {cfg.r} ({site!r})")
@@ -125,7 +178,7 @@ class LoRA(LowRank):
     }
 
     def variant(self, cfg: Any) -> str | None:
-        return "DORA" if cfg.use_dora else None
+        return lora_variant(cfg)
 
     def check(self, cfg: Any, site: Site) -> None:
         lora_check(cfg, site)
@@ -146,4 +199,4 @@ class LoRA(LowRank):
         return lora_factors(p)
 
     def bias_delta(self, p: View) -> Tensor | None:
-        return p.lora_B_bias * p.scaling if p.cfg.lora_bias else None
+        return lora_bias_delta(p)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..config import PromptLearningConfig
 from ..kinds import Prompt
+from ..prompts.cache import split
 from ..prompts.table import Table
 
 
@@ -40,16 +41,25 @@ class PrefixTuningConfig(PromptLearningConfig):
             raise ValueError(f'init_weights={self.init_weights!r}: use "zero", or None for random values')
 
 
-class Projection(nn.Module):
-    """embedding (n, token_dim) through transform: Linear, tanh, Linear, to (n, width)."""
+class PrefixEncoder(Table):
+    """embedding (n, width); with prefix_projection embedding (n, token_dim) through transform: Linear, tanh, Linear.
 
-    def __init__(self, n: int, token_dim: int, hidden: int, width: int):
-        super().__init__()
-        self.embedding = nn.Embedding(n, token_dim)
-        self.transform = nn.Sequential(nn.Linear(token_dim, hidden), nn.Tanh(), nn.Linear(hidden, width))
+    config: a PrefixTuningConfig whose sizes are filled in.
+    """
 
-    def forward(self) -> Tensor:
-        return self.transform(self.embedding.weight)
+    def __init__(self, config: Any):
+        n, width = config.num_virtual_tokens, 2 * config.num_layers * config.token_dim
+        if not config.prefix_projection or config.inference_mode:
+            super().__init__(n, width)
+            last: nn.Module = self.embedding
+        else:
+            hidden = config.encoder_hidden_size or config.token_dim
+            super().__init__(n, config.token_dim)
+            first, last = nn.Linear(config.token_dim, hidden), nn.Linear(hidden, width)
+            self.transform = nn.Sequential(first, nn.Tanh(), last)
+        if config.init_weights == "zero":
+            for p in last.parameters():
+                nn.init.zeros_(p)
 
 
 class PrefixTuning(Prompt):
@@ -58,22 +68,7 @@ class PrefixTuning(Prompt):
 
     def encoder(self, cfg: Any, embedding: nn.Module, fill: bool) -> nn.Module:
         cfg.encoder_hidden_size = cfg.encoder_hidden_size or cfg.token_dim
-        n, width = cfg.num_virtual_tokens, 2 * cfg.num_layers * cfg.token_dim
-        zero = cfg.init_weights == "zero"
-        if not cfg.prefix_projection or cfg.inference_mode:
-            table = Table(n, width)
-            return _zeroed(table, table.embedding) if zero else table
-        made = Projection(n, cfg.token_dim, cfg.encoder_hidden_size, width)
-        return _zeroed(made, made.transform[2]) if zero else made
+        return PrefixEncoder(cfg)
 
     def cache(self, encoder: nn.Module, cfg: Any) -> list[tuple[Tensor, Tensor]]:
-        n, layers, heads = cfg.num_virtual_tokens, cfg.num_layers, cfg.num_attention_heads
-        slots = encoder().view(1, n, 2 * layers, heads, cfg.token_dim // heads).permute(2, 0, 3, 1, 4)
-        read = [cfg.num_transformer_submodules * i % layers for i in range(layers)]
-        return [(slots[2 * i], slots[2 * i + 1]) for i in read]
-
-
-def _zeroed(module: nn.Module, last: nn.Module) -> nn.Module:
-    for p in last.parameters():
-        nn.init.zeros_(p)
-    return module
+        return split(encoder(), cfg)

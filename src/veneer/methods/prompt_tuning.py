@@ -51,30 +51,48 @@ class PromptTuningConfig(PromptLearningConfig):
             known = ", ".join(PromptTuningInit.__members__)
             raise ValueError(f"prompt_tuning_init={given!r} is not one of {known}")
         self.prompt_tuning_init = PromptTuningInit[init]
-        if init != "TEXT":
-            if self.tokenizer_kwargs:
-                raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
-            return
-        for key in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
-            if not getattr(self, key):
-                raise ValueError(f"When prompt_tuning_init='TEXT', {key} can't be None.")
+        check_text(self)
+
+
+def check_text(cfg: Any) -> None:
+    """Raise ValueError where the fields of an initial text do not go with prompt_tuning_init."""
+    if cfg.prompt_tuning_init != "TEXT":
+        if cfg.tokenizer_kwargs:
+            raise ValueError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
+        return
+    for key in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+        if not getattr(cfg, key):
+            raise ValueError(f"When prompt_tuning_init='TEXT', {key} can't be None.")
+
+
+class PromptEmbedding(Table):
+    """A Table with the config's initial values. config: a PromptTuningConfig whose sizes are filled in;
+    word_embeddings: the base's input embedding."""
+
+    def __init__(self, config: Any, word_embeddings: nn.Module, fill: bool = True):
+        super().__init__(config.num_virtual_tokens * config.num_transformer_submodules, config.token_dim)
+        if fill and not config.inference_mode:
+            fill_table(config, self.embedding, word_embeddings)
+
+
+def fill_table(cfg: Any, table: nn.Embedding, embedding: nn.Module) -> None:
+    """Rows of the base's embedding into the prompt, where the config says so: a text's, or drawn at random."""
+    weight: Any = embedding.weight
+    if cfg.prompt_tuning_init == "TEXT":
+        rows = text_rows(cfg, len(table.weight), len(weight))
+    elif cfg.prompt_tuning_init == "SAMPLE_VOCAB":
+        rows = torch.randint(0, len(weight), (len(table.weight),))
+    else:
+        return
+    with torch.no_grad():
+        table.weight.copy_(embedding(rows.to(weight.device)))
 
 
 class PromptTuning(Prompt):
     Config = PromptTuningConfig
 
     def encoder(self, cfg: Any, embedding: nn.Module, fill: bool) -> nn.Module:
-        n = cfg.num_virtual_tokens * cfg.num_transformer_submodules
-        table = Table(n, cfg.token_dim)
-        if fill and cfg.prompt_tuning_init is not PromptTuningInit.RANDOM:
-            weight: Any = embedding.weight
-            if cfg.prompt_tuning_init is PromptTuningInit.TEXT:
-                rows = text_rows(cfg, n, len(weight))
-            else:
-                rows = torch.randint(0, len(weight), (n,))
-            with torch.no_grad():
-                table.embedding.weight.copy_(embedding(rows.to(weight.device)))
-        return table
+        return PromptEmbedding(cfg, embedding, fill)
 
 
 def text_rows(cfg: Any, n: int, vocabulary: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ class TrainableTokens(Reweight):
     Config = TrainableTokensConfig
     sites = frozenset({"embedding", "linear"})
     prefix = "trainable_tokens_"
+    example: ClassVar[dict[str, Any]] = {"target_modules": ["embed_tokens"], "token_indices": [5, 6, 7]}
 
     def prepare(self, cfg: Any, model: nn.Module, model_type: str | None) -> None:
         if cfg.target_modules is None:

@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, veneer_field
+from ..kernels import mask_like
 from ..kinds import LowRank, Spec
 from ..layer import View
+from ..scaled_kernels import vector_low_rank
 from ..site import Site
 
 
@@ -97,3 +99,17 @@ class VeRA(LowRank):
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         B, A = p.vera_B[: p.site.out], p.vera_A[:, : p.site.inp]
         return p.vera_lambda_b[:, None] * B, p.vera_lambda_d[:, None] * A
+
+    def side(self, p: View, x: Tensor) -> Tensor:
+        """The vectors on activations, so that the frozen projections need no gradient."""
+        B, A = p.vera_B[: p.site.out], p.vera_A[:, : p.site.inp]
+        return p.site.up(p.site.down(x, A) * p.vera_lambda_d, B) * (p.vera_lambda_b * p.scaling)
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        p = ps[0]
+        if len(ps) > 1 or args or kwargs or not base.plain(x):
+            return super().forward(ps, x, base, args, kwargs)
+        rate, (W, b) = p.dropout_rate, (p.site.weight(), p.site.bias())
+        keep = mask_like(x, rate) if rate else None
+        B, A = p.vera_B[: p.site.out], p.vera_A[:, : p.site.inp]
+        return vector_low_rank(x, W, b, A, B, p.vera_lambda_d, p.vera_lambda_b, p.scaling, keep, rate)

@@ -47,17 +47,19 @@ def forward(peft_model: PeftModel, cfg: Any, args: tuple, kwargs: Call) -> Any:
     """
     base = peft_model.base_model
     call = dict(zip(inspect.signature(base.forward).parameters, args, strict=False)) | kwargs
-    rewrite = _rewriter(peft_model, cfg, call.pop("task_ids", None), _task(cfg))
-    call = rewrite(call)
-    caching = _method(cfg).gives == "cache"
-    with cache.kept_under_checkpointing(base, call) if caching else nullcontext():
-        return base(**call)
+    method = _method(cfg)
+    own = {name: call.pop(name, None) for name in method.takes}
+    call = _rewriter(peft_model, cfg, call.pop("task_ids", None), _task(cfg))(call)
+    with cache.kept_under_checkpointing(base, call) if method.gives == "cache" else nullcontext():
+        return method.finish(cfg, call, own, base)
 
 
 def generate(peft_model: PeftModel, cfg: Any, args: tuple, kwargs: Call) -> Any:
     """The base's generate with the prompt in front; the tokens returned are those without a prompt's."""
     base, kwargs = peft_model.base_model, dict(kwargs)
     tasks = kwargs.pop("task_ids", None)
+    for name in _method(cfg).takes:
+        kwargs.pop(name, None)
     _check_generation(base, kwargs)
     if cache.checkpointed(base):
         raise AdapterError("generate in training mode under gradient checkpointing has no cache; call model.eval()")
@@ -84,10 +86,20 @@ def get_prompt(peft_model: PeftModel, batch_size: int, task_ids: Tensor | None =
 
 def saved_tensors(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
     """What the adapter's file holds: "prompt_embeddings" (n, width), finished, and the method's own."""
-    cfg = peft_model.peft_config[adapter]
-    with torch.no_grad():
-        saved = _method(cfg).saved(peft_model.prompt_encoder[adapter], cfg)
+    cfg, encoder = peft_model.peft_config[adapter], peft_model.prompt_encoder[adapter]
+    training = encoder.training
+    encoder.eval()  # a file holds the prompt as it is used, without dropout
+    try:
+        with torch.no_grad():
+            saved = _method(cfg).saved(encoder, cfg)
+    finally:
+        encoder.train(training)
     return {name: t.detach() for name, t in saved.items()}
+
+
+def trained(peft_model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:
+    """The adapter's parameters that training changes."""
+    return _method(peft_model.peft_config[adapter]).trained(peft_model.prompt_encoder[adapter])
 
 
 def load_tensors(peft_model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> None:
@@ -95,8 +107,8 @@ def load_tensors(peft_model: PeftModel, adapter: str, tensors: dict[str, Tensor]
     cfg, old = peft_model.peft_config[adapter], peft_model.prompt_encoder[adapter]
     new = _method(cfg).loaded(old, cfg, tensors)
     if new is not old:
-        trained = any(p.requires_grad for p in old.parameters())
-        peft_model.prompt_encoder[adapter] = new.requires_grad_(trained).train(old.training)
+        trains = any(p.requires_grad for p in old.parameters())
+        peft_model.prompt_encoder[adapter] = new.requires_grad_(trains).train(old.training)
 
 
 def _method(cfg: Any) -> Prompt:
@@ -115,7 +127,11 @@ def _expanded(prompt: Tensor, rows: int) -> Tensor:
 
 def _per_row(tasks: Tensor | None, rows: int) -> Tensor | None:
     """Task numbers for a batch that a search has widened."""
-    return tasks if tasks is None or len(tasks) == rows else tasks.repeat_interleave(rows // len(tasks))
+    if tasks is None or len(tasks) == rows:
+        return tasks
+    if not len(tasks) or rows % len(tasks):
+        raise AdapterError(f"task_ids has {len(tasks)} entries and the batch {rows} rows; give one task number a row")
+    return tasks.repeat_interleave(rows // len(tasks))
 
 
 def _rewriter(peft_model: PeftModel, cfg: Any, tasks: Tensor | None, task: str | None) -> Rewrite:

@@ -18,6 +18,15 @@ Pair = tuple[Tensor, Tensor]
 Pairs = list[Pair]
 
 
+def split(prefix: Tensor, cfg: Any) -> Pairs:
+    """A stored prefix (n, 2 * layers * width), keys of a layer, values, the next -> one pair a layer, each
+    (1, heads, n, head width). In an encoder-decoder, layer i reads the pair 2i modulo the number of layers."""
+    layers, heads = cfg.num_layers, cfg.num_attention_heads
+    slots = prefix.view(1, len(prefix), 2 * layers, heads, cfg.token_dim // heads).permute(2, 0, 3, 1, 4)
+    read = [cfg.num_transformer_submodules * i % layers for i in range(layers)]
+    return [(slots[2 * i], slots[2 * i + 1]) for i in read]
+
+
 def put(cache: Any, pairs: Pairs, rows: int, dtype: torch.dtype) -> Any:
     """Write the prefix into an empty cache, once for every row; in an encoder-decoder before the decoder's
     tokens, not before the encoder's output."""

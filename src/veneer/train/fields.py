@@ -60,21 +60,26 @@ def training_arguments_class() -> type:
 
 
 def check_options(
-    cls: type, options: Mapping[str, Any], section: str, source: Source, owned: Mapping[str, str]
+    cls: type | tuple[type, ...],
+    options: Mapping[str, Any],
+    section: str,
+    source: Source,
+    owned: Mapping[str, str],
 ) -> None:
-    """Check the names and types of ``options`` against the dataclass ``cls``.
+    """Check the names and types of ``options`` against the dataclass ``cls``, or against several that share a section.
 
     Raises:
         RecipeError: at the first unknown key, key that the run owns, or value of a wrong type.
     """
-    known = {field.name for field in dataclasses.fields(cls) if field.init}
-    hints = _hints(cls)
+    several = cls if isinstance(cls, tuple) else (cls,)
+    known = {field.name for one in several for field in dataclasses.fields(one) if field.init}
+    hints = {name: hint for one in several for name, hint in _hints(one).items()}
     for name, value in options.items():
         if name in owned:
             raise source.error((section, name), "cannot be set here", hint=f"{owned[name].capitalize()}.")
         if name not in known:
             near = nearest(name, known - owned.keys())
-            hint = f"`{section}` takes the fields of {cls.__name__}."
+            hint = f"`{section}` takes the fields of {' and '.join(one.__name__ for one in several)}."
             raise source.error((section, name), "unknown key", near=near, hint=hint)
         _check_value(hints.get(name, Any), value, (section, name), source)
 

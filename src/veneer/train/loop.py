@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.train import fields
+from veneer.train import fields, initial
+from veneer.train.allocator import keep_blocks
 from veneer.train.bases import BaseRef, load_base, load_config, load_tokenizer, quiet, resolve_base, safe_pad
+from veneer.train.checks import check_recipe
 from veneer.train.data import load_tables
 from veneer.train.errors import DataError
-from veneer.train.recipe import Recipe, check_recipe
+from veneer.train.recipe import Recipe
 from veneer.train.result import RunResult, Sample, describe_machine, whole_folder, write_result
-from veneer.train.tasks import Outcome, Plan, get_task
+from veneer.train.tasks import Outcome, Plan, Task, task_class, task_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,6 +34,7 @@ class _Parts:
     """What a run works with once its inputs are read and before its weights are."""
 
     ref: BaseRef
+    task: Task
     plan: Plan
     config: Any
     args: TrainingArguments
@@ -75,7 +79,7 @@ def _prepare(recipe: Recipe, folder: Path) -> _Parts:
     """Everything that can fail without weights, in the order in which it is cheap to find out."""
     from veneer.train.trainer import log_every, training_arguments
 
-    task = get_task(recipe.task)
+    task = task_of(recipe)
     args = training_arguments(recipe, str(folder / "checkpoints"))
     train, test = load_tables(recipe.data, recipe.task, recipe.seed)
     if "logging_steps" not in recipe.train:
@@ -90,12 +94,13 @@ def _prepare(recipe: Recipe, folder: Path) -> _Parts:
     notes = list(plan.notes)
     if plan.test is None:
         notes.append("No test rows: nothing is measured. Set `data.test` or `data.split`.")
-    return _Parts(ref, plan, config, args, notes)
+    return _Parts(ref, task, plan, config, args, notes)
 
 
 def _check_vocabulary(plan: Plan, config: Any, ref: BaseRef) -> None:
     size = config.get_text_config().vocab_size
-    highest = max(max(row) for row in plan.train["input_ids"])
+    names = [name for name in plan.train.column_names if name.endswith("input_ids")]
+    highest = max(max(row) for name in names for row in plan.train[name])
     if highest >= size:
         problem = f"token {highest} is outside the {size} rows of {ref.name}'s embedding"
         raise DataError(problem, hint="The tokenizer and the model do not belong together.")
@@ -112,28 +117,34 @@ def _train(
     import transformers
 
     from veneer import get_peft_model
+    from veneer.fused import base_kernels
 
-    task, plan, args = get_task(recipe.task), parts.plan, parts.args
+    task, plan, args = parts.task, parts.plan, parts.args
     transformers.set_seed(recipe.seed)
-    names = None if plan.label_names is None else dict(enumerate(plan.label_names))
-    model, tokenizer = load_base(parts.ref, recipe.task, id2label=names)
+    model, tokenizer = load_base(parts.ref, recipe.task, **_model_options(plan))
     _pad(model, tokenizer, parts, console)
     model.to(args.device)
-    before = _measure(recipe, model, tokenizer, plan, console, "the base model")
+    before = _measure(recipe, parts, model, tokenizer, console, "the base model")
     transformers.set_seed(recipe.seed)
     config = _adapter_config(recipe, model, parts.ref)
+    collate = task.collator(tokenizer, 1 if args.device.type == "cpu" else 8)
     try:
+        initial.prepare(model, config, task, plan.train, collate, args, console is not None)
         model = get_peft_model(model, config)
+        initial.initialise(model, config, plan.train, collate, args, console is not None)
     except ValueError as error:
         raise recipe.error("adapter", problem=str(error)) from error
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     _say(console, f"Training {trainable:,} of {total:,} parameters on {len(plan.train)} rows.")
-    trainer = _trainer(task, model, tokenizer, plan, args, callbacks)
+    trainer = _trainer(recipe, parts, model, tokenizer, collate, callbacks)
+    if args.device.type == "cpu":
+        keep_blocks()
     start = time.monotonic()
-    trainer.train()
+    with base_kernels(model) if recipe.base.kernels else nullcontext():
+        trainer.train()
     seconds = time.monotonic() - start
-    after = _measure(recipe, model, tokenizer, plan, console, "the tuned model")
+    after = _measure(recipe, parts, model, tokenizer, console, "the tuned model")
     _save_adapter(model, tokenizer, plan, folder)
     return RunResult(
         out=str(out),
@@ -167,18 +178,24 @@ def _pad(model: Any, tokenizer: Any, parts: _Parts, console: Console | None) -> 
         _say(console, note)
 
 
-def _measure(recipe: Recipe, model: Any, tokenizer: Any, plan: Plan, console: Console | None, what: str) -> Outcome:
-    if plan.test is None:
+def _model_options(plan: Plan) -> dict[str, Any]:
+    """What the rows say about the model's config."""
+    names = {} if plan.label_names is None else {"id2label": dict(enumerate(plan.label_names))}
+    return {**plan.model_options, **names}
+
+
+def _measure(recipe: Recipe, parts: _Parts, model: Any, tokenizer: Any, console: Console | None, what: str) -> Outcome:
+    if parts.plan.test is None:
         return Outcome({}, [], [])
-    _say(console, f"Measuring {what} on {len(plan.test)} test rows.")
-    return get_task(recipe.task).evaluate(model, tokenizer, plan, recipe)
+    _say(console, f"Measuring {what} on {len(parts.plan.test)} test rows.")
+    return parts.task.evaluate(model, tokenizer, parts.plan, recipe)
 
 
 def _adapter_config(recipe: Recipe, model: Any, ref: BaseRef) -> Any:
     """The adapter's config; a head that the base did not hold is trained and saved with it."""
     cls = fields.config_class(recipe.adapter.method)
     assert cls is not None  # check_recipe has seen it
-    config = cls(**recipe.adapter.options, task_type=get_task(recipe.task).task_type)
+    config = cls(**recipe.adapter.options, task_type=task_class(recipe.task).task_type)
     config.base_model_name_or_path, config.revision = ref.name, ref.revision
     if model.fresh_modules and "modules_to_save" in {field.name for field in dataclasses.fields(cls)}:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *model.fresh_modules})
@@ -189,19 +206,21 @@ def _adapter_config(recipe: Recipe, model: Any, ref: BaseRef) -> Any:
 
 
 def _trainer(
-    task: Any, model: Any, tokenizer: Any, plan: Plan, args: Any, callbacks: Sequence[TrainerCallback]
+    recipe: Recipe, parts: _Parts, model: Any, tokenizer: Any, collate: Any, callbacks: Sequence[TrainerCallback]
 ) -> TaskTrainer:
-    from veneer.train.collate import Collator
+    from veneer.train.optimizer import optimizer_options
     from veneer.train.trainer import TaskTrainer
 
     return TaskTrainer(
-        task=task,
+        task=parts.task,
+        measure=lambda: parts.task.evaluate(model, tokenizer, parts.plan, recipe).metrics,
+        optimizer_options=optimizer_options(recipe.train),
         model=model,
-        args=args,
-        train_dataset=plan.train,
-        eval_dataset=plan.test,
+        args=parts.args,
+        train_dataset=parts.plan.train,
+        eval_dataset=parts.plan.test,
         processing_class=tokenizer,
-        data_collator=Collator(tokenizer.pad_token_id, multiple_of=1 if args.device.type == "cpu" else 8),
+        data_collator=collate,
         callbacks=list(callbacks),
     )
 

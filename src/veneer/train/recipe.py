@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from veneer.train import fields
-from veneer.train.errors import DataError, RecipeError, nearest
+from veneer.train.errors import RecipeError, nearest
 from veneer.train.yaml_source import SHORT, Source, apply_override, merge_flags, read_yaml
 
 __all__ = [
@@ -23,7 +23,6 @@ __all__ = [
     "EvalSpec",
     "Recipe",
     "RecipeError",
-    "check_recipe",
     "load_recipe",
 ]
 
@@ -33,18 +32,23 @@ class _Section(BaseModel):
 
 
 class BaseSpec(_Section):
-    """The base model: a bundled name, a local folder, a .gguf file or a hub id."""
+    """The base model: a bundled name, a local folder, a .gguf file or a hub id.
+
+    ``kernels``: do its norms, rotary embeddings and gates in fewer passes while it trains (fused.py).
+    """
 
     name: str
     revision: str | None = None
     gguf_file: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     trust_remote_code: bool = False
+    kernels: bool = True
 
 
 class DataSpec(_Section):
     """Where the rows are and which columns to read.
 
+    ``columns`` names the column of anything the task reads (`columns: {source: en, target: de}`).
     ``tokens`` and ``labels`` are column names, or column numbers from 0 (-1 is the last) in a CoNLL file.
     ``split`` is the share of the training rows held out as the test set where no test file is given.
     """
@@ -59,6 +63,7 @@ class DataSpec(_Section):
     completion: str | None = None
     tokens: str | int | None = None
     labels: str | int | None = None
+    columns: dict[str, str] = Field(default_factory=dict)
     max_length: int = Field(default=1024, ge=2)
     split: float | None = Field(default=None, gt=0.0, lt=1.0)
     label_all_subwords: bool = False
@@ -89,9 +94,13 @@ class EvalSpec(_Section):
 
 
 class Recipe(_Section):
-    """One training run. ``out`` is a folder; it is written whole or not at all."""
+    """One training run. ``out`` is a folder; it is written whole or not at all.
+
+    ``options`` are the task's own: the fields of its Options class.
+    """
 
     task: str
+    options: dict[str, Any] = Field(default_factory=dict)
     base: BaseSpec
     data: DataSpec
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
@@ -111,7 +120,7 @@ class Recipe(_Section):
             return data
         short = {name: {SHORT[name]: data[name]} for name in SHORT if isinstance(data.get(name), str)}
         empty: dict[str, Any] = {
-            name: {} for name in ("adapter", "train", "eval") if name in data and data[name] is None
+            name: {} for name in ("adapter", "train", "eval", "options") if name in data and data[name] is None
         }
         return {**data, **short, **empty}
 
@@ -144,92 +153,11 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = (), *
         recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _first_problem(error, source) from None
+    from veneer.train.checks import check_recipe
+
     recipe._source = source
     check_recipe(recipe)
     return recipe
-
-
-def check_recipe(recipe: Recipe) -> None:
-    """Check names, types, files and columns of a recipe; reads no weights, and of a data file only the head.
-
-    Raises:
-        RecipeError: at the first thing that is wrong.
-    """
-    from veneer.train.tasks import TASKS
-
-    source = recipe._source
-    if recipe.task not in TASKS:
-        hint = f"The tasks are {', '.join(TASKS)}."
-        raise source.error(("task",), f"unknown task {recipe.task!r}", near=nearest(recipe.task, TASKS), hint=hint)
-    _check_data(recipe)
-    _check_base(recipe)
-    _check_out(recipe)
-    _check_adapter(recipe)
-    fields.check_options(fields.training_arguments_class(), recipe.train, "train", source, owned=fields.OWNED_TRAIN)
-
-
-def _check_data(recipe: Recipe) -> None:
-    from veneer.train import data
-
-    for name in ("train", "test", "validation"):
-        if getattr(recipe.data, name) is None:
-            continue
-        try:
-            data.check_columns(recipe.data, name, recipe.task)
-        except DataError as error:
-            error.key = error.key or f"data.{name}"
-            if error.file is None:
-                place = recipe.error(*error.key.split("."), problem="")
-                error.file, error.line = place.file, place.line
-            raise
-    if recipe.data.test and recipe.data.split:
-        raise recipe.error("data", "split", problem="given beside `data.test`", hint="Keep one of the two.")
-
-
-def _check_base(recipe: Recipe) -> None:
-    from veneer.train.bases import resolve_base
-
-    try:
-        resolve_base(recipe.base)
-    except RecipeError as error:
-        place = recipe.error("base", "name", problem="")
-        error.key, error.file, error.line = (
-            error.key or "base",
-            error.file or place.file,
-            error.line or place.line,
-        )
-        raise
-
-
-def _check_out(recipe: Recipe) -> None:
-    out = Path(recipe.out)
-    if out.exists() and not out.is_dir():
-        raise recipe.error("out", problem=f"{out} is a file", hint="Name a folder that does not exist yet.")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not (out / "result.json").is_file():
-        problem = f"the folder {out} holds something other than a run"
-        raise recipe.error("out", problem=problem, hint="Name a folder that does not exist yet.")
-    if not recipe.overwrite:
-        hint = "Name another folder, or set `overwrite: true` to replace the run."
-        raise recipe.error("out", problem=f"the folder {out} already holds a run", hint=hint)
-
-
-def _check_adapter(recipe: Recipe) -> None:
-    cls = fields.config_class(recipe.adapter.method)
-    if cls is None:
-        names = fields.method_names()
-        problem = f"unknown method {recipe.adapter.method!r}"
-        near, hint = nearest(recipe.adapter.method, names), f"The methods are {', '.join(names)}."
-        raise recipe.error("adapter", "method", problem=problem, near=near, hint=hint)
-    options = recipe.adapter.options
-    fields.check_options(cls, options, "adapter", recipe._source, owned=fields.OWNED_ADAPTER)
-    try:
-        cls(**options)
-    except (ValueError, TypeError, ImportError) as error:
-        named = next((key for key in options if key in str(error)), None)
-        path = ("adapter",) if named is None else ("adapter", named)
-        raise recipe.error(*path, problem=str(error)) from error
 
 
 def _first_problem(error: pydantic.ValidationError, source: Source) -> RecipeError:

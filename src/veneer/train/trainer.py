@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
+from veneer.model import PeftModel
+from veneer.train.optimizer import OptimizerOptions, make_optimizer, without_optimizer
 from veneer.train.recipe import Recipe
 from veneer.train.result import peak_memory_mb
 from veneer.train.sampler import LengthBatches
-from veneer.train.tasks import Task, get_task
+from veneer.train.tasks import Task, task_class
 
 __all__ = ["TaskTrainer", "training_arguments"]
 
@@ -36,7 +46,7 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
     Raises:
         RecipeError: values that TrainingArguments refuses.
     """
-    options = {**DEFAULTS, **get_task(recipe.task).train_defaults, **recipe.train}
+    options = {**DEFAULTS, **task_class(recipe.task).train_defaults, **without_optimizer(recipe.train)}
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available() and not options.get("use_cpu", False))
     owned: dict[str, Any] = {
         "output_dir": folder,
@@ -59,12 +69,33 @@ def log_every(args: TrainingArguments, rows: int) -> int:
     return max(1, int(steps // 100))
 
 
-class TaskTrainer(Trainer):
-    """Trainer that asks the task for its loss and logs tokens per second, peak memory and the time left."""
+class _Epochs(TrainerCallback):
+    def __init__(self, task: Task, collate: Any) -> None:
+        self.task, self.collate = task, collate
 
-    def __init__(self, *, task: Task, **more: Any) -> None:
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.task.begin_epoch(self.collate, int((state.epoch or 0) + 1e-6))
+
+
+class TaskTrainer(Trainer):
+    """Trainer that asks the task for its loss and logs tokens per second, peak memory and the time left.
+
+    ``measure`` scores the model as it is; its numbers join the loss wherever Trainer evaluates.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        optimizer_options: OptimizerOptions | None = None,
+        measure: Callable[[], dict[str, float]] | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(**more)
         self.task = task
+        self.measure = measure
+        self.add_callback(_Epochs(task, self.data_collator))
+        self.optimizer_options = optimizer_options or OptimizerOptions()
         # the task's losses are sums over the whole step's labels, divided by their number
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
@@ -96,14 +127,37 @@ class TaskTrainer(Trainer):
         if self.label_smoother is None:
             loss = self.task.loss(model, inputs, items)
         else:
-            labels = inputs["labels"]
-            logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
-            # a prompt method's virtual tokens come first and have no label
-            logits = {"logits": logits[:, -labels.shape[1] :]}
-            loss = self.label_smoother(logits, labels, self.task.predicts_next, num_items_in_batch=items)
+            logits = {"logits": self.task.logits(model, inputs)}
+            loss = self.label_smoother(logits, inputs["labels"], self.task.predicts_next, num_items_in_batch=items)
         if self.args.average_tokens_across_devices and items is not None:
             loss = loss * self.accelerator.num_processes
+        if model.training:  # a step is the sum of its batches' losses
+            loss = loss + self._penalty(model) / self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        counted = [self.task.items(batch) for batch in batch_samples]
+        return super()._get_num_items_in_batch([{"labels": item, "shift_labels": item} for item in counted], device)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's loop for the loss, and the task's own scores beside it."""
+        out = super().evaluation_loop(*args, **kwargs)
+        if self.measure is not None and out.metrics is not None:
+            scores = {f"eval_{name}": value for name, value in self.measure().items()}
+            out.metrics.update({name: value for name, value in scores.items() if name not in out.metrics})
+        return out
+
+    def _penalty(self, model: torch.nn.Module) -> Any:
+        """What the adapters' methods themselves add to the loss."""
+        inner: Any = self.accelerator.unwrap_model(model)
+        return inner.base_model.extra_loss() if isinstance(inner, PeftModel) and inner.prompt_configs is None else 0.0
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The recipe's optimizer, where it names one of veneer's; Trainer's own otherwise."""
+        if self.optimizer is None and self.optimizer_options.optimizer is not None:
+            inner = self.accelerator.unwrap_model(self.model if model is None else model)
+            self.optimizer = make_optimizer(inner, self.args, self.optimizer_options)
+        return super().create_optimizer() if self.optimizer is None else self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -131,6 +185,10 @@ class TaskTrainer(Trainer):
             self.accelerator.unwrap_model(self.model).save_pretrained(folder)
             if isinstance(self.processing_class, PreTrainedTokenizerBase):
                 self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        inner = self.accelerator.unwrap_model(self.model if model is None else model)
+        inner.load_adapter(resume_from_checkpoint, inner.active_adapter, is_trainable=True)
 
     def _load_best_model(self) -> None:
         from safetensors.torch import load_file

@@ -1,0 +1,135 @@
+"""FourierFT: a few trained frequencies of the change's two-dimensional spectrum. Gao et al. 2024, arXiv:2405.03003,
+section 3.
+
+    W' = W + scaling Re(ifft2(F)),   F (out, inp) zero but for fourierft_spectrum at the chosen places
+
+    fourierft_spectrum (n_frequency,)    real
+
+The places are the first of a random permutation with random_loc_seed, so they are not saved. The real part of the
+transform is that of F made symmetric, so half of it is computed; few frequencies against the layer's size make a
+product of cosines and sines of low rank instead. Merges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config import AdapterConfig
+from ..kinds import Additive, Spec
+from ..layer import View
+from ..site import Site
+
+
+@dataclass
+class FourierFTConfig(AdapterConfig):
+    """n_frequency: how many entries of the spectrum are trained. scaling: multiplies the change.
+
+    random_loc_seed: chooses their places. n_frequency_pattern: {layer name or regex: value}. init_weights: True
+    starts at zero, which leaves the model as it was; False (the default) draws from a normal distribution.
+    bias: "none", "all" or "fourier_only".
+    """
+
+    n_frequency: int = 1000
+    scaling: float = 150.0
+    random_loc_seed: int | None = 777
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    n_frequency_pattern: dict | None = field(default_factory=dict)
+    init_weights: bool = False
+
+    PATTERNS: ClassVar[tuple[tuple[str, str], ...]] = (("n_frequency_pattern", "n_frequency"),)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "FOURIERFT"
+        if self.random_loc_seed is None:
+            raise ValueError("random_loc_seed must be a number: the places are not saved and follow from it")
+
+
+@lru_cache(maxsize=256)
+def places(out: int, inp: int, n: int, seed: int) -> Tensor:
+    """(2, n): rows and columns of the trained entries."""
+    chosen = torch.randperm(out * inp, generator=torch.Generator().manual_seed(seed))[:n]
+    return torch.stack([chosen // inp, chosen % inp])
+
+
+def check_count(cfg: Any, site: Site) -> None:
+    n, most = cfg.n_frequency, site.out * site.inp
+    if n <= 0:
+        raise ValueError(f"`n_frequency` should be a positive integer value but the value passed is {n} ({site!r})")
+    if n > most:
+        raise ValueError(
+            "`n_frequency` should be less than or equal to the product of the input and output dimensions but the "
+            f"value passed is {n} and the product is {most} ({site!r})"
+        )
+
+
+class FourierFT(Additive):
+    Config = FourierFTConfig
+    prefix = "fourierft_"
+    defaults = "fourierft"
+    by_weight = True
+
+    def check(self, cfg: Any, site: Site) -> None:
+        check_count(cfg, site)
+
+    def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
+        at = places(site.out, site.inp, cfg.n_frequency, cfg.random_loc_seed)
+        return {
+            "fourierft_spectrum": Spec((cfg.n_frequency,), raw=True),
+            "fourierft_indices": Spec(tuple(at.shape), train=False, save=False, value=at),
+        }
+
+    def scaling(self, cfg: Any) -> float:
+        return cfg.scaling
+
+    def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
+        s = p.fourierft_spectrum
+        p.fill("fourierft_spectrum", torch.zeros_like(s) if cfg.init_weights else torch.randn_like(s))
+        return None
+
+    def dense(self, p: View) -> bool:
+        """False where the cosines and sines of the chosen places make a cheaper product than the dense change."""
+        return 6 * p.fourierft_spectrum.shape[-1] * (p.site.out + p.site.inp) > p.site.out * p.site.inp
+
+    def spectrum(self, p: View) -> Tensor:
+        s = p.fourierft_spectrum
+        return s.to(torch.promote_types(s.dtype, torch.float32)) * p.scaling
+
+    def factors(self, p: View) -> tuple[Tensor, Tensor]:
+        """(out, 2 n), (2 n, inp), whose product is the change."""
+        s = self.spectrum(p) / (p.site.out * p.site.inp)
+        rows, columns = p.fourierft_indices
+
+        def waves(size: int, at: Tensor) -> tuple[Tensor, Tensor]:
+            i = torch.arange(size, device=s.device)
+            angles, turn = i.to(s.dtype) * (2 * math.pi / size), torch.outer(at, i) % size
+            return angles.cos()[turn], angles.sin()[turn]
+
+        (co, so), (ci, si) = waves(p.site.out, rows), waves(p.site.inp, columns)
+        return torch.cat([co, -so]).mT, torch.cat([ci, si]) * s.repeat(2)[:, None]
+
+    def delta(self, p: View) -> Tensor:
+        if not self.dense(p):
+            B, A = self.factors(p)
+            return (B @ A).to(p.dtype or B.dtype)
+        (out, inp), s, (u, v) = (p.site.out, p.site.inp), self.spectrum(p) / 2, p.fourierft_indices
+        half = inp // 2 + 1
+        direct = torch.where(v < half, u * half + v, out * half)  # the last slot takes what lies in the other half
+        mirror = torch.where(-v % inp < half, (-u % out) * half + -v % inp, out * half)
+        F = s.new_zeros(out * half + 1).index_add(0, torch.cat([direct, mirror]), s.repeat(2))[:-1]
+        change = torch.fft.irfft2(F.reshape(out, half).to(s.dtype.to_complex()), s=(out, inp))
+        return change.to(p.dtype or s.dtype)
+
+    def side(self, p: View, x: Tensor) -> Tensor:
+        if self.dense(p):
+            return p.site.op(x, self.delta(p), None)
+        B, A = self.factors(p)
+        return p.site.up(p.site.down(x, A.to(x.dtype)), B.to(x.dtype))
