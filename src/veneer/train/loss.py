@@ -7,13 +7,16 @@ The reference is `own_loss`; `labelled_loss` equals it to rounding and falls bac
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from veneer.train.encode import IGNORE
+from veneer.train.head_loss import LogitsChange, chunked_head
 
-__all__ = ["labelled_loss", "own_loss", "takes_labelled_rows"]
+__all__ = ["labelled_logits", "labelled_loss", "own_loss", "takes_labelled_rows"]
 
 Batch = dict[str, torch.Tensor]
 
@@ -36,41 +39,74 @@ def labelled_loss(model: torch.nn.Module, batch: Batch, items: torch.Tensor | fl
     The whole model runs as it is, adapters and all; only the hidden states that enter its head are replaced
     by those one place before a label, and the model's own loss function gets those labels.
     """
-    base: Any = _base(model)
+    base = _base(model)
     if not takes_labelled_rows(base):
         return own_loss(model, batch, items, shifted=True)
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORE
-    length = batch["labels"].shape[1]
+    more: dict[str, Any] = {} if items is None else {"num_items_in_batch": items}
+    with _only(base.get_output_embeddings(), wanted, batch["labels"].shape[1]):
+        try:
+            with chunked_head(base):
+                return model(**batch, shift_labels=targets[wanted].unsqueeze(0), **more).loss
+        except LogitsChange:
+            return model(**batch, shift_labels=targets[wanted].unsqueeze(0), **more).loss
+
+
+def labelled_logits(model: torch.nn.Module, batch: Batch, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores of the labelled tokens alone, (labelled, vocabulary), and their labels, row after row.
+
+    ``shifted`` says that a label is predicted one place earlier.
+    """
+    rest = {key: value for key, value in batch.items() if key != "labels"}
+    labels, base = batch["labels"], _base(model)
+    targets = labels[:, 1:] if shifted else labels
+    wanted = targets != IGNORE
+    if _has_head(base):
+        with _only(base.get_output_embeddings(), wanted, labels.shape[1]):
+            return model(**rest).logits.squeeze(0), targets[wanted]
+    logits = model(**rest).logits[:, -labels.shape[1] :]
+    return (logits[:, :-1] if shifted else logits)[wanted], targets[wanted]
+
+
+@contextmanager
+def _only(head: torch.nn.Module, wanted: torch.Tensor, length: int) -> Iterator[None]:
+    """Inside, ``head`` gets the hidden states of the wanted places alone, as one row.
+
+    ``wanted`` is (rows, length), or (rows, length - 1) where the last place is never asked for.
+    """
 
     def select(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0][:, -length:][:, :-1]  # virtual tokens of a prompt method come first
+        hidden = args[0][:, -length:][:, : wanted.shape[1]]  # virtual tokens of a prompt method come first
         return (hidden[wanted].unsqueeze(0), *args[1:])
 
-    head = base.get_output_embeddings()
-    more: dict[str, Any] = {} if items is None else {"num_items_in_batch": items}
     handle = head.register_forward_pre_hook(select)
     try:
-        return model(**batch, shift_labels=targets[wanted].unsqueeze(0), **more).loss
+        yield
     finally:
         handle.remove()
 
 
-def takes_labelled_rows(base: torch.nn.Module) -> bool:
-    """Whether a model is a decoder with a head, the usual causal loss and a forward that passes options."""
+def _has_head(base: Any) -> bool:
+    """Whether a model without a decoder of its own ends in a linear layer over the vocabulary."""
     from transformers import PreTrainedModel
-    from transformers.loss.loss_utils import ForCausalLMLoss
 
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
         return False
-    head = base.get_output_embeddings()
-    if not isinstance(head, torch.nn.Module) or base.loss_function is not ForCausalLMLoss:
+    return isinstance(base.get_output_embeddings(), torch.nn.Module)
+
+
+def takes_labelled_rows(base: torch.nn.Module) -> bool:
+    """Whether a model is a decoder with a head, the usual causal loss and a forward that passes options."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    if not _has_head(base) or base.loss_function is not ForCausalLMLoss:  # type: ignore[comparison-overlap]
         return False
     kinds = [parameter.kind for parameter in inspect.signature(type(base).forward).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def _base(model: torch.nn.Module) -> torch.nn.Module:
+def _base(model: torch.nn.Module) -> Any:
     from accelerate.utils import extract_model_from_parallel
 
     from veneer import PeftModel

@@ -1,0 +1,129 @@
+"""Cross entropy of a frozen linear head in chunks of rows, so that the logits of a batch never exist at once.
+
+    loss = sum_i  logsumexp(W h_i + b) - (W h_i + b)[t_i]
+
+The gradient of h is known as soon as a chunk's logits are, so forward computes it and keeps it, (rows, width), in
+place of the logits, (rows, vocabulary), which autograd would keep twice in float32.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from veneer.kernels import plain_autograd
+
+__all__ = ["chunked_cross_entropy", "chunked_head", "cross_entropy_reference"]
+
+Head = tuple[Tensor, "Tensor | None"]
+
+
+def cross_entropy_reference(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
+    """What chunked_cross_entropy computes. h (rows, width), W (vocabulary, width), targets (rows,); a sum."""
+    return F.cross_entropy(F.linear(h, W, b).float(), targets, reduction="sum")
+
+
+def chunked_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor, chunk: int | None = None) -> Tensor:
+    """The sum over rows of the cross entropy of W h + b, in float32 at least. W and b get no gradient."""
+    if chunk is None:
+        chunk = max(16, (1 << (22 if h.device.type == "cpu" else 27)) // W.shape[0])
+    return _ChunkedCrossEntropy.apply(h, W.detach(), b if b is None else b.detach(), targets, chunk)  # type: ignore[no-any-return]
+
+
+class _ChunkedCrossEntropy(Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
+        total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
+        gradient = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        for first in range(0, len(h), chunk):
+            rows = slice(first, first + chunk)
+            logits = F.linear(h[rows], W, b)
+            logits = logits.to(total.dtype)
+            places = targets[rows].unsqueeze(1)
+            top = logits.logsumexp(1, keepdim=True)
+            total += (top - logits.gather(1, places)).sum()
+            if gradient is not None:
+                p = logits.sub_(top).exp_()
+                p.scatter_add_(1, places, p.new_full((), -1.0).expand(places.shape))
+                torch.mm(p.to(h.dtype), W, out=gradient[rows])
+        ctx.save_for_backward(gradient, h, W, b, targets)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradient, h, W, b, targets = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of the gradient is wanted: it must follow from h, whole
+            p = F.linear(h, W, b).to(g.dtype).softmax(1) - F.one_hot(targets, len(W))
+            gradient = p.to(h.dtype) @ W
+        return gradient * g.to(gradient.dtype), None, None, None, None
+
+
+_processed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models that change their logits after the head
+
+
+class LogitsChange(Exception):
+    """A model does more to its logits than its head: a scale, a soft cap."""
+
+
+@contextmanager
+def chunked_head(model: Any) -> Iterator[bool]:
+    """Inside, `model`'s own loss function is computed in chunks from what enters its head; yields whether it is.
+
+    It is where the head is a frozen nn.Linear with no hooks that see its output, and the model hands the head's
+    output to its loss as it is; where it turns out not to, LogitsChange leaves the block, and the next one yields
+    False.
+    """
+    head = model.get_output_embeddings()
+    weight: Any = getattr(head, "weight", None)
+    bias: Any = getattr(head, "bias", None)
+    fits = (
+        type(head).forward is nn.Linear.forward
+        and type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and not (head._forward_hooks or head._backward_hooks or "forward" in head.__dict__)
+        and plain_autograd(weight)
+        and model not in _processed
+    )
+    if not fits:
+        yield False
+        return
+    given: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        given[:] = [hidden]
+        return hidden
+
+    def loss(
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        if not given or logits is not given[0] or shift_labels is None or vocab_size != weight.shape[0]:
+            _processed.add(model)
+            raise LogitsChange
+        targets = shift_labels.reshape(-1)
+        total = chunked_cross_entropy(logits.reshape(-1, logits.shape[-1]), weight, bias, targets)
+        return total.float() / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+
+    before = model.__dict__.get("_loss_function")
+    head.__dict__["forward"], model.loss_function = forward, loss
+    try:
+        yield True
+    finally:
+        del head.__dict__["forward"]
+        if before is None:
+            model.__dict__.pop("_loss_function", None)
+        else:
+            model.loss_function = before
