@@ -1,11 +1,14 @@
 """One LoRA training step on the SmolLM2-135M shape: veneer, peft and the frozen base's own forward and backward.
 
-    python benchmarks/lora_step.py [--rounds 7] [--batch 4] [--seq 256] [--dropout 0.0] [--dtype float32] [--json FILE]
+    python benchmarks/lora_step.py [--rounds 7] [--batch 4] [--seq 256] [--dropout 0.0] [--dtype float32]
+                                   [--labels 1.0] [--json FILE]
 
 Each contestant is a process of its own, so that peak memory is its own; they take turns, one step each a round, so that
 a change in the machine's speed hits all alike. "frozen" is the limit: the base's forward and the gradient of its
-input, nothing trained. Losses must agree between veneer and peft, or the run fails. Printed: medians, and ratios
-taken round by round.
+input, nothing trained. "veneer" is the import changed and nothing else; "switches" has what `veneer train` turns on
+besides: base_kernels, the head's loss in chunks and at the labels alone, freed memory kept. --labels is the share of
+tokens that carry a label. Losses must agree between them and peft, or the run fails. Printed: medians, and ratios taken
+round by round.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ SHAPE = {
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
 }
-CONTESTANTS = ("frozen", "peft", "veneer")
+LARGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # as veneer.train.allocator sets it before torch is imported
+CONTESTANTS = ("frozen", "peft", "veneer", "switches")
 
 
 def memory_mb(torch: Any, device: str) -> float:
@@ -52,12 +56,13 @@ def worker(args: argparse.Namespace) -> None:
     model: Any = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device, getattr(torch, args.dtype)).train()
     weights_mb = memory_mb(torch, device)
     ids = torch.randint(0, SHAPE["vocab_size"], (args.batch, args.seq), device=device)
+    labels = ids.masked_fill(torch.rand(args.batch, args.seq, device=device) >= args.labels, -100)
     optimizer = None
     if args.worker == "frozen":
         for p in model.parameters():
             p.requires_grad_(False)
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        inputs = {"inputs_embeds": embeds, "labels": ids}
+        inputs = {"inputs_embeds": embeds, "labels": labels}
     else:
         if args.worker == "peft":
             import peft as package
@@ -75,12 +80,21 @@ def worker(args: argparse.Namespace) -> None:
         for _, p in sorted((n, p) for n, p in model.named_parameters() if p.requires_grad):
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.02)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        inputs = {"input_ids": ids, "labels": ids}
+        inputs = {"input_ids": ids, "labels": labels}
+    if args.worker == "switches":
+        from veneer.train.allocator import keep_blocks
+        from veneer.train.loss import labelled_loss
+
+        package.base_kernels(model).on()
+        keep_blocks()
     print(json.dumps({"ready": args.worker, "weights_mb": weights_mb, "device": device}), flush=True)
     for _ in sys.stdin:
         torch.manual_seed(2)
         began = time.perf_counter()
-        loss = model(**inputs, use_cache=False).loss
+        if args.worker == "switches":
+            loss = labelled_loss(model, {**inputs, "use_cache": False}, None)  # type: ignore[dict-item]
+        else:
+            loss = model(**inputs, use_cache=False).loss
         loss.backward()
         if optimizer is not None:
             optimizer.step()
@@ -102,7 +116,7 @@ class Contestant:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **({LARGE_PAGES: "1"} if name == "switches" else {})},
         )
         self.ready = self.read()
         self.steps: list[dict[str, float]] = []
@@ -160,18 +174,19 @@ def main() -> None:
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--labels", type=float, default=1.0, help="share of the tokens that carry a label")
     parser.add_argument("--json", help="write the result here")
     parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         worker(args)
         return
-    argv = [f"--{k}={getattr(args, k)}" for k in ("batch", "seq", "r", "dropout", "dtype")]
+    argv = [f"--{k}={getattr(args, k)}" for k in ("batch", "seq", "r", "dropout", "dtype", "labels")]
     field = [Contestant(name, argv) for name in CONTESTANTS]
     for c in field:
         c.step()  # warm-up
     for i in range(args.rounds):
-        for c in field[i % 3 :] + field[: i % 3]:
+        for c in field[i % len(field) :] + field[: i % len(field)]:
             c.steps.append(c.step())
     for c in field:
         c.close()
@@ -185,18 +200,24 @@ def report(args: argparse.Namespace, by: dict[str, Contestant]) -> None:
     info = machine()
     print(
         f"LoRA r={args.r} on every linear layer, {args.batch} x {args.seq} tokens, {args.dtype}, "
-        f"dropout {args.dropout}, {args.rounds} rounds"
+        f"dropout {args.dropout}, {args.labels:.0%} labelled, {args.rounds} rounds"
     )
     print(f"{info['device']}, {info['threads']} threads, torch {info['torch']}")
     for name in CONTESTANTS:
-        print(f"  {name:7} step {spread(seconds[name])} s   peak above weights {above[name]:.0f} MB")
+        print(f"  {name:8} step {spread(seconds[name])} s   peak above weights {above[name]:.0f} MB")
     ratios = {
         f"{a}/{b}": [x / y for x, y in zip(seconds[a], seconds[b], strict=True)]
-        for a, b in (("veneer", "peft"), ("veneer", "frozen"), ("peft", "frozen"))
+        for a, b in (
+            ("veneer", "peft"),
+            ("switches", "peft"),
+            ("veneer", "frozen"),
+            ("switches", "frozen"),
+            ("peft", "frozen"),
+        )
     }
     for name, values in ratios.items():
         a, b = name.split("/")
-        print(f"  {name:14} time {spread(values)}   memory above weights {above[a] / above[b]:.3f}")
+        print(f"  {name:15} time {spread(values)}   memory above weights {above[a] / above[b]:.3f}")
     if args.json:
         result = {
             "case": vars(args),
@@ -213,12 +234,13 @@ def report(args: argparse.Namespace, by: dict[str, Contestant]) -> None:
         os.replace(temporary, args.json)
     tolerance = 1e-4 if args.dtype == "float32" else 2e-2
     if args.dropout == 0:
-        worst = max(abs(a - b) / abs(b) for a, b in zip(losses["veneer"], losses["peft"], strict=True))
-        print(f"  losses of veneer and peft agree to {worst:.1e}")
-        if worst > tolerance:
-            raise SystemExit(
-                f"losses differ by {worst:.1e}, more than {tolerance:.0e}: veneer and peft do not compute the same"
-            )
+        for name in ("veneer", "switches"):
+            worst = max(abs(a - b) / abs(b) for a, b in zip(losses[name], losses["peft"], strict=True))
+            print(f"  losses of {name} and peft agree to {worst:.1e}")
+            if worst > tolerance:
+                raise SystemExit(
+                    f"losses differ by {worst:.1e}, more than {tolerance:.0e}: {name} and peft do not compute the same"
+                )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,11 @@ _NAMES: dict[str, str] = {
         ["get_peft_model_state_dict", "set_peft_model_state_dict", "inject_adapter_in_model", "LoadReport"],
         "state",
     ),
-    **dict.fromkeys(["AdapterError", "CannotMerge", "LoadError", "PeftWarning"], "errors"),
+    **dict.fromkeys(
+        ["AdapterError", "CannotMerge", "LoadError", "NoMatchingPeftModuleError", "PeftError", "PeftWarning"], "errors"
+    ),
+    **dict.fromkeys(["get_base_model_state_dict", "set_base_model_state_dict"], "base_state"),
+    "prepare_model_for_kbit_training": "prepare",
     **dict.fromkeys(
         ["PEFT_TYPE_TO_CONFIG_MAPPING", "cast_mixed_precision_params", "get_layer_status", "get_model_status",
          "get_peft_config", "load_peft_weights"],

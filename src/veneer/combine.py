@@ -107,7 +107,7 @@ def add_weighted_adapter(
             f"{combination_type!r} says nothing of lora_bias; use 'cat', 'svd' or 'linear' for these adapters"
         )
     job = _Job(tuner, names, numbers, settings, lora_bias)
-    for path, layer in tuner.layers():
+    for path, layer in tuner.adapted_layers():
         if any(n in layer.entries for n in names):
             job.new[path] = _combine_layer(job, path, layer)
     cfg = _config(job)
@@ -218,7 +218,7 @@ def _write(job: _Job, adapter_name: str, cfg: Any) -> None:
 
 
 def _fill(job: _Job, adapter_name: str) -> None:
-    made = {path: layer for path, layer in job.tuner.layers() if adapter_name in layer.entries}
+    made = {path: layer for path, layer in job.tuner.adapted_layers() if adapter_name in layer.entries}
     if made.keys() != job.new.keys():
         odd = sorted(made.keys() ^ job.new.keys())
         raise AdapterError(f"the result's config would adapt other layers than its sources: {', '.join(odd[:5])}")

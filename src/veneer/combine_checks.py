@@ -34,7 +34,9 @@ def check_settings(s: Settings, names: list[str], weights: list[float]) -> None:
         raise ValueError(f"svd_rank={s.svd_rank}: must be at least 1")
     if s.svd_error is not None:
         if s.combination_type != "svd" or s.svd_rank is not None:
-            raise ValueError("svd_error chooses each layer's rank: it goes with combination_type='svd', without svd_rank")
+            raise ValueError(
+                "svd_error chooses each layer's rank: it goes with combination_type='svd', without svd_rank"
+            )
         if not 0 <= s.svd_error < 1:
             raise ValueError(f"svd_error={s.svd_error}: a share of the sum's norm, at least 0 and below 1")
     if s.svd_clamp is not None and not 0 < s.svd_clamp <= 1:
@@ -73,7 +75,7 @@ def refuse(tuner: Tuner, name: str) -> None:
     elif cfg.get("ensure_weight_tying"):
         why = "its factors are tied between layers (ensure_weight_tying), and a sum of products need not be"
     else:
-        odd = {k for _, m in tuner.layers() if name in m.entries for k in m.entries[name].specs} - PLAIN
+        odd = {k for _, m in tuner.adapted_layers() if name in m.entries for k in m.entries[name].specs} - PLAIN
         why = f"it holds {', '.join(sorted(odd))} beside LoRA's A and B" if odd else ""
     if why:
         raise AdapterError(f"adapter {name!r} cannot be part of a weighted sum: {why}")

@@ -79,10 +79,18 @@ class PeftConfig:
     spent: ClassVar[frozenset[str]] = frozenset()
     unsupported: ClassVar[frozenset[str]] = frozenset()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "peft_type" and isinstance(value, str) and value in PeftType.__members__:
+            value = PeftType[value]
+        super().__setattr__(name, value)
+
     def __post_init__(self) -> None:
         if self.task_type is not None:
             if str(getattr(self.task_type, "value", self.task_type)) not in TaskType.__members__:
-                raise ValueError(f"Invalid task type: {self.task_type!r}; one of {', '.join(TaskType.__members__)}")
+                raise ValueError(
+                    f"Invalid task type: {self.task_type!r}. Must be one of the following task types: "
+                    f"{', '.join(TaskType.__members__)}."
+                )
         if self.peft_version is None:
             self.peft_version = PEFT_FORMAT
 
@@ -96,7 +104,9 @@ class PeftConfig:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """All fields; veneer's own only where they are set."""
+        own = {f.name: f.default for f in dataclasses.fields(self) if f.metadata.get("veneer")}
+        return {k: v for k, v in asdict(self).items() if k not in own or v != own[k]}
 
     def get(self, key: str, default: Any = None) -> Any:
         return getattr(self, key, default)
@@ -120,6 +130,12 @@ class PeftConfig:
             out["auto_mapping"] = auto
         write_json(os.path.join(folder, CONFIG_NAME), out)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload adapter_config.json to a repository; see hub.push."""
+        from .hub import push
+
+        return push(self, repo_id, **options)
+
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """Build the config class that kwargs["peft_type"] names, else this class; unknown keys are dropped with
@@ -140,8 +156,8 @@ class PeftConfig:
             said = [f"{', '.join(matters)} (set to a value, so the adapter may behave differently)"] * bool(matters)
             said += [f"{', '.join(harmless)} (empty, so nothing is lost)"] * bool(harmless)
             warnings.warn(
-                f"Unexpected keyword arguments {sorted(unknown)} for class {target.__name__}, these are ignored: "
-                f"{'; '.join(said)}. The file says peft_version={kwargs.get('peft_version')!r}; "
+                f"Unexpected keyword arguments {sorted(unknown)} for class {target.__name__}, these are ignored. "
+                f"Of these {'; '.join(said)}. The file says peft_version={kwargs.get('peft_version')!r}; "
                 f"veneer {__version__} reads the format of peft {PEFT_FORMAT}.",
                 PeftWarning if matters else UserWarning,
                 stacklevel=3,
@@ -159,7 +175,13 @@ class PeftConfig:
         path = locate(pretrained_model_name_or_path, CONFIG_NAME, subfolder=subfolder, **hub)
         if path is None:
             raise ValueError(f"Can't find '{CONFIG_NAME}' at '{pretrained_model_name_or_path}'")
-        made = cls.from_peft_type(**{**cls.from_json_file(path), **kwargs})
+        fields = {**cls.from_json_file(path), **kwargs}
+        if not fields.get("peft_type"):
+            raise TypeError(
+                f"The {cls.__name__} config that is trying to be loaded is missing required keys: {{'peft_type'}}. "
+                f"{path} is not the config of an adapter."
+            )
+        made = cls.from_peft_type(**fields)
         made.located(pretrained_model_name_or_path, subfolder=subfolder, **hub)
         return made
 
@@ -168,9 +190,10 @@ class PeftConfig:
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+        """The fields in a file. What belongs to a run and not to the adapter (runtime_config) is left out."""
         with open(path_json_file, encoding="utf-8") as f:
             try:
-                return json.load(f)
+                return {k: v for k, v in json.load(f).items() if k != "runtime_config"}
             except json.JSONDecodeError as e:
                 raise AdapterError(f"{path_json_file}:{e.lineno}: not valid JSON: {e.msg}") from e
 

@@ -57,6 +57,7 @@ class Host:
     active: tuple[str, ...] = ()
     enabled: bool = True
     version: int = 0
+    irregular: bool = False  # a layer may have been disabled by itself
     rows: Rows | None = None
     data: dict[str, Any] = field(default_factory=dict)
     past: dict[str, Any] = field(default_factory=dict)  # of the last training call, for what backward computes again

@@ -90,7 +90,7 @@ def own_part(tuner: Any, adapter: str, tensors: dict[str, Tensor], prefix: str) 
 
 def _starts(tuner: Any, adapter: str, prefix: str = "base_model.model.") -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
-    for path, layer in tuner.layers():
+    for path, layer in tuner.adapted_layers():
         entry = layer.entries.get(adapter)
         if entry is not None and entry.start is not None:
             A, B = entry.start

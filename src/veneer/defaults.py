@@ -149,7 +149,7 @@ def default_targets(model: nn.Module, model_type: str | None, kind: str = "lora"
     known = target_table(kind).get(model_type or "")
     if isinstance(known, str) or (known is not None and (not known or _present(model, known))):
         return known
-    derived = derive_targets(model, kind)
+    derived = derive_targets(model, kind) or (linear_names(model) if kind == "osf" else [])
     if not derived and kind != "ia3_feedforward":  # none is an answer there
         shown = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names(model)})[:12])
         what = "layer norms" if kind == "ln_tuning" else "attention projections"

@@ -10,7 +10,6 @@ frozen and get no gradient. A gradient that must itself be differentiable is tha
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -19,58 +18,16 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .scaled_kernels import by_reference
+from .sparse_kernels import Pattern
 
-__all__ = ["Pattern", "composed", "composed_reference", "factored", "factored_reference"]
-
-
-class Pattern:
-    """The places of S: at (2, k), rows and columns, each once; size n. Also in the orders of sparse products."""
-
-    def __init__(self, at: Tensor, n: int):
-        self.at, self.n, self.version = at, n, at._version
-        self.rows = self._order(at[0], at[1])
-        self.columns = self._order(at[1], at[0])
-
-    def holds(self, at: Tensor) -> bool:
-        """Whether this is still the pattern of `at`."""
-        return at is self.at and at._version == self.version
-
-    def _order(self, major: Tensor, minor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        order = (major * self.n + minor).argsort()
-        starts = torch.bincount(major, minlength=self.n).cumsum(0)
-        return order, torch.cat([starts.new_zeros(1), starts]).int(), minor[order].int()
-
-    def matrix(self, values: Tensor) -> Tensor:
-        """S, sparse."""
-        return self._sparse(self.rows, values)
-
-    def transposed(self, values: Tensor) -> Tensor:
-        """S^T, sparse."""
-        return self._sparse(self.columns, values)
-
-    def _sparse(self, which: tuple[Tensor, Tensor, Tensor], values: Tensor) -> Tensor:
-        order, starts, minor = which
-        with warnings.catch_warnings():  # torch announces, once a process, that its sparse layouts are in beta
-            warnings.simplefilter("ignore", UserWarning)
-            return torch.sparse_csr_tensor(starts, minor, values[order], (self.n, self.n), check_invariants=False)
-
-    def sample(self, left: Tensor, right: Tensor) -> Tensor:
-        """Entries of left @ right^T at S's places, (k,), in their own order; left and right (n, m)."""
-        order = self.rows[0]
-        like = self._sparse(self.rows, left.new_zeros(len(order)))
-        found = torch.sparse.sampled_addmm(like, left, right.mT, beta=0.0).values()
-        return torch.empty_like(found).index_copy_(0, order, found)
-
-    def dense(self, diagonal: Tensor, values: Tensor) -> Tensor:
-        """diag(diagonal) + S"""
-        return torch.diag(diagonal).index_put((self.at[0], self.at[1]), values)
+__all__ = ["composed", "composed_reference", "factored", "factored_reference"]
 
 
 def factored_reference(
     x: Tensor, U: Tensor, V: Tensor, diagonal: Tensor, values: Tensor, b: Tensor | None, pattern: Pattern
 ) -> Tensor:
     """x (..., n), U (out, n), V (n, n), diagonal (n,), values (k,), b (out,) or None."""
-    return F.linear(x @ V @ pattern.dense(diagonal, values).mT, U, b)
+    return F.linear(x @ V @ (torch.diag(diagonal) + pattern.dense(values)).mT, U, b)
 
 
 def factored(
@@ -118,7 +75,7 @@ class _Factored(Function):
 
 def composed_reference(U: Tensor, V: Tensor, diagonal: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
     """(out, n)"""
-    return U @ pattern.dense(diagonal, values) @ V.mT
+    return U @ (torch.diag(diagonal) + pattern.dense(values)) @ V.mT
 
 
 def composed(U: Tensor, V: Tensor, diagonal: Tensor, values: Tensor, pattern: Pattern) -> Tensor:

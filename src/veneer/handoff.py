@@ -189,7 +189,7 @@ def inherit(tuner: Tuner, adapter: str) -> dict[str, str]:
     givers = [n for n in reversed(tuner.peft_config) if n != adapter]
     if not getattr(tuner.peft_config[adapter], "handoff", False) or not givers:
         return {}
-    named = list(tuner.layers())
+    named = list(tuner.adapted_layers())
     found = {
         path: receive(named, path, layer, adapter, givers, None) for path, layer in named if adapter in layer.entries
     }

@@ -64,7 +64,7 @@ def hotswap_adapter_from_state_dict(
     tuner: Any = model.base_model if isinstance(model, PeftModel) else state.tuner_of(model)
     tuner.known(adapter_name)
     compatible(tuner.peft_config[adapter_name], config)
-    if any(adapter_name in layer.merged_adapters for _, layer in tuner.layers()):
+    if any(adapter_name in layer.merged_adapters for _, layer in tuner.adapted_layers()):
         raise AdapterError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before swapping it")
     prefix = "base_model.model." if isinstance(model, PeftModel) else ""
     _Swap(tuner, adapter_name, config, prefix, state_dict).run()
@@ -106,7 +106,7 @@ class _Swap:
             raise ValueError(f"{self.method.name}'s initial value changed the base's weight, so it cannot be swapped")
 
     def run(self) -> None:
-        layers = [(path, m) for path, m in self.tuner.layers() if self.adapter in m.entries]
+        layers = [(path, m) for path, m in self.tuner.adapted_layers() if self.adapter in m.entries]
         configs = {path: self._config(path, m) for path, m in layers}
         writes = {path: self._of_layer(path, m, configs[path]) for path, m in layers}
         shared = self._shared()
@@ -187,7 +187,7 @@ class _Swap:
 
     def _shared(self) -> list[_Write]:
         """Tensors that layers share, where the file has them; else those that are here serve on."""
-        specs = {id(s) for s in self.tuner.shared.get(self.adapter, {}).values()}
+        specs = {id(s) for s in self.tuner.shared_specs.get(self.adapter, {}).values()}
         found = [(p, self.given[p.key]) for p in self.places.values() if id(p.spec) in specs and p.key in self.given]
         for p, value in found:
             if value.shape != p.get().shape:
@@ -276,7 +276,7 @@ def padded(value: Tensor, room: Tensor) -> Tensor:
 
 def fit_config(tuner: Any, adapter: str) -> None:
     """The adapter's config as its padded tensors have it, so that what is saved loads again: the change stays."""
-    layers = [(path, m) for path, m in tuner.layers() if adapter in m.entries]
+    layers = [(path, m) for path, m in tuner.adapted_layers() if adapter in m.entries]
     cfg = copy.copy(tuner.peft_config[adapter])
     ranks, alphas = {}, {}
     for path, m in layers:

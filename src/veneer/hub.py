@@ -107,6 +107,39 @@ def save_adapter(
     write_card(model, folder, config)
 
 
+def push(
+    saver: Any,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    **options: Any,
+) -> Any:
+    """Write what `saver.save_pretrained` writes into a folder of its own and upload that to a hub repository, made
+    where it is missing. options: save_pretrained's. Returns the commit's description."""
+    import tempfile
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    options = {k: v for k, v in options.items() if k not in ("max_shard_size", "use_temp_dir", "tags")}
+    url = api.create_repo(repo_id, private=private, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        saver.save_pretrained(folder, **options)
+        return api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message=commit_message or f"Upload {type(saver).__name__}",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -121,10 +154,10 @@ def write_card(model: PeftModel, folder: str, config: Any) -> None:
     path = os.path.join(folder, "README.md")
     if os.path.exists(path):
         return
-    base = config.base_model_name_or_path or ""
+    base = name_of(model.get_base_model()) or ""
     kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     task = str(getattr(config.task_type, "value", config.task_type))
-    head = ["---", f"base_model: {base!r}", "library_name: peft", "tags:", f"- {kind}", "- veneer"]
+    head = ["---", *[f"base_model: {base!r}"] * bool(base), "library_name: peft", "tags:", f"- {kind}", "- veneer"]
     if task in _PIPELINES:
         head.append(f"pipeline_tag: {_PIPELINES[task]}")
     trained, total = model.get_nb_trainable_parameters()
@@ -163,14 +196,25 @@ def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[
 
 
 def put(
-    model: PeftModel, adapter: str, tensors: dict[str, Tensor], *, ignore_mismatched_sizes: bool = False
+    model: PeftModel,
+    adapter: str,
+    tensors: dict[str, Tensor],
+    *,
+    ignore_mismatched_sizes: bool = False,
+    biases: bool = False,
 ) -> state.LoadReport:
-    """A file's tensors into an adapter of a model."""
+    """A file's tensors into an adapter of a model. biases: also into biases of the base that the adapter's own
+    settings do not train."""
     if model.prompt_configs is not None:
         return _put_prompt(model, adapter, tensors, ignore_mismatched_sizes)
     base: Any = model.get_base_model()
+    held = dict(base.named_parameters()) if biases else {}
 
     def embedding(key: str, value: Tensor) -> bool:
+        bias = held.get(key.removeprefix("base_model.model.")) if key.endswith(".bias") else None
+        if bias is not None and bias.shape == value.shape:
+            bias.data = value.to(bias)
+            return True
         path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
         if not key.endswith(".weight") or not hasattr(base, "get_input_embeddings"):
             return False

@@ -200,7 +200,7 @@ def _place_shared(
         if spec.train:
             value = value.to(device="meta" if meta else device, dtype=tuner.adapter_dtype(site), copy=True)
         storage.place(tuner, key, name, spec, value, site)
-    tuner.shared[name] = specs
+    tuner.shared_specs[name] = specs
     return tuner, specs
 
 

@@ -52,7 +52,7 @@ def reduce_intruder_dimension(
         )
     tuner.add_adapter(new_adapter_name, _config_for_new(cfg))
     found = {}
-    for name, layer in tuner.layers():
+    for name, layer in tuner.adapted_layers():
         if old_adapter_name not in layer.entries:
             continue
         old, new = layer.view(old_adapter_name), layer.view(new_adapter_name)

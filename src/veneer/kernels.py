@@ -50,10 +50,11 @@ def low_rank_linear(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, keep: Tensor | None, rate: float
 ) -> Tensor:
     """low_rank_reference as one autograd node. All tensors have one dtype; `keep` is boolean."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or A.requires_grad or B.requires_grad or W.requires_grad or (b is not None and b.requires_grad)
-    ):
-        return _LowRankLinear.apply(x, W, b, A, B, scaling, keep, rate)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        if A.requires_grad or W.requires_grad:
+            return _LowRankLinear.apply(x, W, b, A, B, scaling, keep, rate)  # type: ignore[no-any-return]
+        if x.requires_grad or B.requires_grad or (b is not None and b.requires_grad):
+            return low_rank_reference(x, W, b, A, B, scaling, keep, rate)  # a frozen A needs no x kept (LoRA-FA)
     with torch.no_grad():
         return _forward(x, W, b, A, B, scaling, keep, rate)[0]
 

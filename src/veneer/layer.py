@@ -6,8 +6,10 @@ them (merged).
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from . import rows, storage
 from .context import Host
-from .errors import AdapterError, CannotMerge
+from .errors import AdapterError, CannotMerge, PeftWarning
 from .kernels import plain_autograd
 from .kinds import Method, Spec, Weights
 from .site import Site
@@ -123,6 +125,15 @@ def attribute(storage_name: str) -> str:
     return storage_name.removesuffix(".weight").replace(".", "_")
 
 
+@cache
+def own_fields(config: Any) -> frozenset[str]:
+    """A config's fields beside those that every config has: what `layer.r["default"]` may ask for."""
+    from .config import AdapterConfig
+
+    common = {f.name for f in dataclasses.fields(AdapterConfig)}
+    return frozenset(f.name for f in dataclasses.fields(config)) - common
+
+
 class Adapted(nn.Module):
     """A base layer with its adapters."""
 
@@ -154,7 +165,13 @@ class Adapted(nn.Module):
         if site.substitutes and name in site.names:
             W, b = self.effective()
             return site.from_canonical(W) if name == site.names[0] else b
-        return getattr(self.get_base_layer(), name)
+        try:
+            return getattr(self.get_base_layer(), name)
+        except AttributeError:
+            found = {n: getattr(e.cfg, name) for n, e in self.entries.items() if name in own_fields(e.cfg.__class__)}
+            if not found:
+                raise
+            return found
 
     # -- adapters --------------------------------------------------------------------------------------
     def add(
@@ -187,7 +204,7 @@ class Adapted(nn.Module):
                 entry.where[attribute(key)] = storage.holder_of(owner, key, name)
         if method.dropout is not None:
             if method.dropout not in self._modules:
-                self.add_module(method.dropout, nn.ModuleDict())
+                self._modules[method.dropout] = nn.ModuleDict()  # its name may be a setting's (module_dropout)
             rate = getattr(cfg, method.dropout, 0.0)
             drops: Any = self._modules[method.dropout]
             drops[name] = nn.Dropout(rate) if rate > 0 else nn.Identity()
@@ -198,7 +215,10 @@ class Adapted(nn.Module):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.merged_adapters:
-            raise AdapterError(f"adapter {adapter_name!r} is merged into {self.site!r}; unmerge it before deleting it")
+            raise AdapterError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first. (On "
+                f"{self.site!r}.)"
+            )
         entry = self.entries.pop(adapter_name, None)
         if entry is None:
             return
@@ -228,6 +248,33 @@ class Adapted(nn.Module):
     def merged(self) -> bool:
         return bool(self.merged_adapters)
 
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.enabled
+
+    def _containers(self, trained: bool) -> tuple[str, ...]:
+        kept = {k.partition(".")[0]: s.train for e in self.entries.values() for k, s in e.specs.items()}
+        drops = {e.method.dropout: False for e in self.entries.values() if e.method.dropout is not None}
+        return tuple(name for name, train in {**drops, **kept}.items() if train is trained)
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The containers of trained tensors."""
+        return self._containers(True)
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The other containers with an entry an adapter."""
+        return ("scaling", *self._containers(False))
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.entries)
+
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate adapters on this layer alone; the model's set_adapter is constant work and does all layers."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -238,6 +285,7 @@ class Adapted(nn.Module):
 
     def enable_adapters(self, enabled: bool) -> None:
         self.own_enabled = enabled
+        self.host.irregular |= not enabled
         if enabled:
             self.set_adapter(self.active_adapters)
         else:
@@ -256,6 +304,11 @@ class Adapted(nn.Module):
     def require_grad(self, adapter: str, on: bool) -> None:
         for p in self.parameters_of(adapter):
             p.requires_grad_(on)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.entries:
+                self.require_grad(name, requires_grad)
 
     # -- what acts ----------------------------------------------------------------------------------------
     def groups(self, names: Sequence[str], dtype: torch.dtype | None) -> tuple[Group, ...]:
@@ -374,8 +427,11 @@ class Adapted(nn.Module):
         Raises ValueError where the merged weight holds NaN or infinity and safe_merge is set.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
-        names = [n for n in names if n in self.entries and n not in self.merged_adapters]
+        asked = [n for n in names if n in self.entries]
+        names = [n for n in asked if n not in self.merged_adapters]
         if not names:
+            if asked:
+                warnings.warn("All adapters are already merged, nothing to do", PeftWarning, stacklevel=2)
             return
         everything = [*self.merged_adapters, *names]
         if self._backup is not None:  # sums and orders are those of one merge of all of them

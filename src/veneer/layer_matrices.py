@@ -91,7 +91,7 @@ def named_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     from .tuner import Tuner
 
     tuner = next((m for m in model.modules() if isinstance(m, Tuner)), None)
-    return iter(adapted_layers(model)) if tuner is None else tuner.layers()
+    return iter(adapted_layers(model)) if tuner is None else tuner.adapted_layers()
 
 
 def one_adapter(model: nn.Module, adapter: str | None) -> str:

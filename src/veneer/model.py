@@ -162,6 +162,25 @@ class PeftModel(nn.Module):
         if on and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
+    def prepare_model_for_gradient_checkpointing(self, model: Any) -> Any:
+        """Let a base's embedding output require gradients, where its inputs cannot. Returns the base."""
+        base: Any = self.get_base_model()
+        packed = getattr(base, "is_loaded_in_8bit", False) or getattr(base, "is_loaded_in_4bit", False)
+        if not (packed or getattr(base, "is_quantized", False)):
+            if hasattr(base, "enable_input_require_grads"):
+                base.enable_input_require_grads()
+            elif hasattr(base, "get_input_embeddings"):
+                base.get_input_embeddings().register_forward_hook(lambda m, args, out: out.requires_grad_(True))
+        return model
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return self.host.enabled and bool(self.host.active)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether convert_to_lora can turn this adapter into a LoRA."""
+        return self.prompt_configs is None and self.base_model.supports_lora_conversion(adapter_name)
+
     def add_adapter(
         self,
         adapter_name: str,
@@ -201,7 +220,9 @@ class PeftModel(nn.Module):
         if self.prompt_configs is None:
             self.base_model.delete_adapter(adapter_name)
             return
-        self.known(adapter_name)
+        if adapter_name not in self.prompt_configs:
+            have = ", ".join(map(repr, self.prompt_configs)) or "none"
+            raise ValueError(f"Adapter {adapter_name} does not exist; this model has: {have}")
         del self.prompt_configs[adapter_name], self.prompt_encoder[adapter_name]
         for _, m in self._saved():
             m.delete_adapter(adapter_name)
@@ -246,6 +267,10 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """The base model's own output inside the block."""
+        if self.prompt_configs is None:
+            with self.base_model.disabled():
+                yield
+            return
         before = self.host.enabled
         self.host.enable(False)
         try:
@@ -448,6 +473,10 @@ class PeftModel(nn.Module):
             if found is not None:
                 schedule.load(self.base_model, adapter, found)
         return report
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Upload what save_pretrained writes to a repository; see hub.push."""
+        return hub.push(self, repo_id, **options)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         hub.write_card(self, output_dir, self.active_peft_config)

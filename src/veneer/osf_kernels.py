@@ -82,14 +82,14 @@ class _Singular(Function):
         if needs[5]:
             gS = (gl * low).sum(0)
         gl.mul_(Sl)
-        gh = gy @ Uh if needs[0] or needs[4] else None
+        gh = gy @ Uh
         if needs[4]:
             scaled = low * Sl
             gU = (gy.mT @ scaled).addmm_(Uh, gh.mT @ scaled, alpha=-1)
         if needs[6]:
             gV = (gl.mT @ flat).addmm_(gl.mT @ high, Vh, alpha=-1)
         if needs[0]:
-            gx = ((gh.mul_(Sh)) @ Vh).addmm_(gl, Vl).view(x.shape)
+            gx = (gh.mul_(Sh) @ Vh).addmm_(gl, Vl).view(x.shape)
         if needs[7]:
             gb = gy.sum(0)
         return gx, None, None, None, gU, gS, gV, gb

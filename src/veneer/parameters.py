@@ -139,7 +139,7 @@ def _chain(module: nn.Module) -> Iterator[Adapted]:
 
 
 def _same_set(tuner: Tuner, wanted: set[str]) -> None:
-    sites = [layer.site for _, layer in tuner.layers() if isinstance(layer.site, ParameterSite)]
+    sites = [layer.site for _, layer in tuner.adapted_layers() if isinstance(layer.site, ParameterSite)]
     present = {f"{s.name}.{s.names[0]}" for s in sites}
     if present and present != wanted:
         raise ValueError(

@@ -17,9 +17,27 @@ class Wrapper(nn.Module):
 
     is_adapter_wrapper = True
 
+    own_active: tuple[str, ...] | None
+    own_enabled: bool
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """A file's key below this module -> the key in the module's own state dict."""
         raise NotImplementedError
+
+    @property
+    def _adapters(self) -> set[str]:
+        raise NotImplementedError
+
+    @property
+    def active_adapters(self) -> list[str]:
+        raise NotImplementedError
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
 
 class TokenHolder(Wrapper):
@@ -27,7 +45,7 @@ class TokenHolder(Wrapper):
 
     def __init__(self, layer: nn.Module):
         super().__init__()
-        self.token_adapter = layer
+        self.token_adapter: Any = layer
         self.own_active: tuple[str, ...] | None = None
         self.own_enabled = True
 
@@ -41,6 +59,16 @@ class TokenHolder(Wrapper):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(*args, **kwargs)
+
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.token_adapter.entries)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return [n for n in self.token_adapter.active_adapters if n in self._adapters]
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         key = "token_adapter.trainable_tokens_delta"
@@ -82,6 +110,12 @@ class SavedModule(Wrapper):
                 p.requires_grad_(True)
         self.modules_to_save[adapter] = made
 
+    adapter_layer_names = ("modules_to_save",)
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save.keys())
+
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         if adapter_name not in self.modules_to_save:
             return {}
@@ -105,6 +139,15 @@ class SavedModule(Wrapper):
 
     def enable_adapters(self, enabled: bool) -> None:
         self.own_enabled = enabled
+        self.host.irregular |= not enabled
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not (self.host.enabled and self.own_enabled)
+
+    def set_requires_grad(self, adapter_names: Any, requires_grad: bool = True) -> None:
+        for name in (adapter_names,) if isinstance(adapter_names, str) else adapter_names:
+            self.require_grad(name, requires_grad)
 
     def require_grad(self, adapter: str, on: bool) -> None:
         if adapter in self.modules_to_save:

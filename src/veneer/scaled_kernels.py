@@ -39,10 +39,6 @@ def by_reference(
     return tuple(out)
 
 
-def _base(flat: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    return flat @ W.mT if b is None else torch.addmm(b, flat, W.mT)
-
-
 # -- y = x W^T + b + scaling e * ((d * (drop(x) A^T)) B^T) ----------------------------------------------------
 def vector_low_rank_reference(
     x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, d: Tensor, e: Tensor, scaling: float,
@@ -69,13 +65,18 @@ class _VectorLowRank(Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, d: Tensor, e: Tensor,
                 scaling: float, keep: Tensor | None, rate: float) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
-        y = _base(flat, W, b)
+        out = x.new_empty(*x.shape[:-1], len(W))  # returned as it is, not as a view: callers may write into it
+        y = out.view(-1, len(W))
+        if b is None:
+            torch.mm(flat, W.mT, out=y)
+        else:
+            torch.addmm(b, flat, W.mT, out=y)
         h = flat @ A.mT if keep is None else ((flat * keep.reshape(flat.shape)) @ A.mT).div_(1 - rate)
         u = (h * d) @ B.mT
-        y.addcmul_(u, e, value=scaling)
+        y.add_(u * (e * scaling))  # rounds as the reference does: both ways give the same bits
         ctx.scaling, ctx.rate = scaling, rate
         ctx.save_for_backward(x, W, b, A, B, d, e, h, u, keep)
-        return y.reshape(*x.shape[:-1], len(W))
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -126,12 +127,15 @@ class _RescaledLowRank(Function):
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, c: Tensor,
                 scaling: float) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
-        plain, h = flat @ W.mT, flat @ A.mT
+        h = flat @ A.mT
+        # b in and out again: the rounding of the layer's own call, so that both ways give the same bits
+        plain = flat @ W.mT if b is None else torch.addmm(b, flat, W.mT).sub_(b)
         plain.addmm_(h, B.mT, alpha=scaling)
         ctx.scaling = scaling
         ctx.save_for_backward(x, W, b, A, B, c, h, plain)
-        y = plain * c if b is None else torch.addcmul(b, plain, c)
-        return y.reshape(*x.shape[:-1], len(W))
+        out = x.new_empty(*x.shape[:-1], len(W))
+        torch.mul(plain, c, out=out.view(plain.shape))
+        return out if b is None else out.add_(b)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

@@ -68,7 +68,9 @@ def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 def _holds(optimizer: torch.optim.Optimizer, tuner: Tuner, name: str) -> bool:
     """Whether the optimizer trains this adapter: it holds the first of its tensors."""
-    first = next((p for _, layer in tuner.layers() if name in layer.entries for p in layer.parameters_of(name)), None)
+    first = next(
+        (p for _, layer in tuner.adapted_layers() if name in layer.entries for p in layer.parameters_of(name)), None
+    )
     return any(p is first for group in optimizer.param_groups for p in group["params"])
 
 
@@ -81,7 +83,7 @@ def _run(tuner: Tuner, name: str, kept: Schedule, step: int) -> None:
 
 def views(tuner: Tuner, name: str) -> dict[str, View]:
     """Layer path -> the adapter's view there."""
-    return {path: layer.view(name) for path, layer in tuner.layers() if name in layer.entries}
+    return {path: layer.view(name) for path, layer in tuner.adapted_layers() if name in layer.entries}
 
 
 def by_hand(tuner: Tuner, step: int) -> None:

@@ -116,7 +116,7 @@ def tie(tuner: Tuner, adapter: str, named: Named | None = None, *, fresh: bool =
     share = getattr(tuner.peft_config[adapter], "share", None)
     if not share:
         return
-    layers = [(n, m) for n, m in (tuner.layers() if named is None else named) if adapter in m.entries]
+    layers = [(n, m) for n, m in (tuner.adapted_layers() if named is None else named) if adapter in m.entries]
     for head, words in share.items():
         for group in _runs(layers, run_length(words)):
             _tie_run(group, adapter, head, fresh)

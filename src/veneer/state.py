@@ -68,7 +68,7 @@ def _bias_places(tuner: Tuner, adapter: str, prefix: str) -> Iterator[Place]:
     mode = getattr(tuner.peft_config[adapter], "bias", "none")
     if mode in (None, "none"):
         return
-    adapted = {path for path, layer in tuner.layers() if adapter in layer.entries}
+    adapted = {path for path, layer in tuner.adapted_layers() if adapter in layer.entries}
     for path, module in tuner.model.named_modules():
         if module._parameters.get("bias") is None or ".lora_" in f".{path}" or ".modules_to_save." in path:
             continue
@@ -77,10 +77,20 @@ def _bias_places(tuner: Tuner, adapter: str, prefix: str) -> Iterator[Place]:
 
 
 def collect(
-    tuner: Tuner, adapter: str, prefix: str = "base_model.model.", *, compact: bool = False
+    tuner: Tuner,
+    adapter: str,
+    prefix: str = "base_model.model.",
+    *,
+    compact: bool = False,
+    given: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """File key -> tensor. compact: tensors that layers share once (only veneer reads it)."""
-    out = {p.key: p.get().detach() for p in places(tuner, adapter, prefix) if p.saved}
+    """File key -> tensor. compact: tensors that layers share once (only veneer reads it). given: a state dict of the
+    model, gathered from shards, say, whose tensors stand in for the model's own."""
+    saved = [p for p in places(tuner, adapter, prefix) if p.saved]
+    if given is None:
+        out = {p.key: p.get().detach() for p in saved}
+    else:
+        out = _given(saved, given, adapter)
     for key, t in out.items():
         if t.is_meta or (t.numel() == 0 and 0 not in _declared_shape(tuner, adapter, key, prefix)):
             raise AdapterError(
@@ -89,6 +99,20 @@ def collect(
             )
     out = _method(tuner, adapter).to_disk(tuner.peft_config[adapter], out)
     return share.compact(out, tuner, adapter) if compact else out
+
+
+def _given(saved: list[Place], given: dict[str, Tensor], adapter: str) -> dict[str, Tensor]:
+    """The adapter's tensors out of a full state dict; buffers, which are never sharded, may be missing from it."""
+    wanted = {_clean(p.key, adapter): p for p in saved}
+    found = {_clean(k, adapter): t for k, t in given.items()}
+    missing = [p.key for k, p in wanted.items() if k not in found and isinstance(p.get(), nn.Parameter)]
+    if missing:
+        raise AdapterError(f"the state dict given to save has no {missing[0]} ({len(missing)} tensors are missing)")
+    out = {}
+    for key, p in wanted.items():
+        name = "".join(p.key.split("_fsdp_wrapped_module."))
+        out[name] = (found[key] if key in found else p.get()).detach()
+    return out
 
 
 def _method(tuner: Tuner, adapter: str) -> Any:
@@ -190,7 +214,7 @@ def put(
             report.unexpected_keys.append(source)
     if ignore_mismatched_sizes:
         report.mismatched_keys.clear()
-    for _, layer in tuner.layers():
+    for _, layer in tuner.adapted_layers():
         layer.changed()
         if (entry := layer.entries.get(adapter)) is not None and not layer.site.stored.is_meta:
             entry.method.restore(layer.view(adapter), entry.cfg, layer.site.weight)
@@ -245,12 +269,30 @@ def only(tensors: dict[str, Tensor], model: Any, adapter: str) -> dict[str, Tens
     """From a full state dict (gathered from shards, say) the tensors of one adapter, under their file keys."""
     from . import hub
 
+    if model.prompt_configs is None:
+        return collect(model.base_model, adapter, given=tensors)
     wanted = hub.tensors_of(model, adapter)
     cleaned = {k if k in wanted else _clean(k, adapter): t for k, t in tensors.items()}
     missing = [k for k in wanted if k not in cleaned]
     if missing:
         raise AdapterError(f"the state dict given to save has no {missing[0]} ({len(missing)} tensors are missing)")
     return {k: cleaned[k] for k in wanted}
+
+
+def _inner(model: Any, state_dict: dict[str, Tensor] | None) -> tuple[Any, dict[str, Tensor] | None]:
+    """The model inside the wrappers of torch.compile and of training on several devices, and its whole state dict
+    where the wrapper has sharded it."""
+    while True:
+        kind = type(model).__name__
+        if kind == "OptimizedModule":
+            model = model._orig_mod
+        elif kind in ("DistributedDataParallel", "DataParallel"):
+            model = model.module
+        elif kind == "FullyShardedDataParallel":
+            state_dict = model.state_dict() if state_dict is None else state_dict
+            model = model.module
+        else:
+            return model, state_dict
 
 
 def get_peft_model_state_dict(
@@ -264,12 +306,12 @@ def get_peft_model_state_dict(
     from . import hub
     from .model import PeftModel
 
-    model = getattr(model, "_orig_mod", model)
+    model, state_dict = _inner(model, state_dict)
     if isinstance(model, PeftModel):
         out = hub.tensors_of(model, adapter_name) if state_dict is None else only(state_dict, model, adapter_name)
         out.update(hub._embeddings(model, adapter_name, save_embedding_layers))
         return out
-    return collect(tuner_of(model), adapter_name, prefix="")
+    return collect(tuner_of(model), adapter_name, prefix="", given=state_dict)
 
 
 def set_peft_model_state_dict(
@@ -283,9 +325,11 @@ def set_peft_model_state_dict(
     from . import hub
     from .model import PeftModel
 
-    model = getattr(model, "_orig_mod", model)
+    model, _ = _inner(model, {})
     if isinstance(model, PeftModel):
-        report = hub.put(model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        report = hub.put(
+            model, adapter_name, peft_model_state_dict, ignore_mismatched_sizes=ignore_mismatched_sizes, biases=True
+        )
     else:
         report = put(
             tuner_of(model), adapter_name, peft_model_state_dict, "", ignore_mismatched_sizes=ignore_mismatched_sizes
@@ -332,6 +376,7 @@ def inject_adapter_in_model(
     if held is not None:
         held[0].add_adapter(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
         held[0].set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        model.__dict__["peft_config"] = held[0].peft_config
     else:
         tuner = Tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
         model.__dict__["_veneer_tuner"] = (tuner,)  # a tuple: not registered as a child, which would be a cycle

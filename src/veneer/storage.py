@@ -124,16 +124,9 @@ def place(owner: nn.Module, storage: str, adapter: str, spec: Spec, value: Tenso
     head, _, leaf = storage.partition(".")
     tensor: Any = nn.Parameter(value, requires_grad=False) if spec.train else value
     if not leaf:
-        box: Any = owner._modules.get(head)
-        if box is None:
-            box = nn.ParameterDict() if spec.train else BufferDict()
-            owner.add_module(head, box)
-        box[adapter] = tensor
+        _box(owner, head, nn.ParameterDict if spec.train else BufferDict)[adapter] = tensor
         return
-    boxes: Any = owner._modules.get(head)
-    if boxes is None:
-        boxes = nn.ModuleDict()
-        owner.add_module(head, boxes)
+    boxes = _box(owner, head, nn.ModuleDict)
     *inner, leaf = leaf.split(".")
     if adapter not in boxes:
         boxes[adapter] = Slot() if inner else make_slot(spec, site)
@@ -148,10 +141,30 @@ def place(owner: nn.Module, storage: str, adapter: str, spec: Spec, value: Tenso
         slot.register_buffer(leaf, tensor, persistent=False)
 
 
+def _box(owner: nn.Module, head: str, kind: type[nn.Module]) -> Any:
+    """The container of that name, made where it is missing. Two methods on one layer may want the name for containers
+    of different kinds (LoRA's lora_A holds modules, AdaLoRA's parameters): the second takes a name of its own."""
+    for name in (head, f"{head}_{kind.__name__}"):
+        box = owner._modules.get(name)
+        if box is None:
+            box = kind()
+            owner.add_module(name, box)
+        if type(box) is kind:
+            return box
+    raise AssertionError(f"{head} has a container of each kind")
+
+
+def _holding(owner: nn.Module, head: str, adapter: str) -> Any:
+    """The container that has the adapter's entry, or None."""
+    names = (head, *(f"{head}_{kind.__name__}" for kind in (nn.ModuleDict, nn.ParameterDict, BufferDict)))
+    boxes: list[Any] = [owner._modules[n] for n in names if n in owner._modules]
+    return next((box for box in boxes if adapter in box), None)
+
+
 def holder_of(owner: nn.Module, storage: str, adapter: str) -> tuple[Any, str]:
     """(module, attribute) such that getattr(module, attribute) is the tensor."""
     head, *inner = storage.split(".")
-    box: Any = owner._modules[head]
+    box = _holding(owner, head, adapter)
     if not inner:
         return box, adapter
     *path, leaf = inner
@@ -159,8 +172,8 @@ def holder_of(owner: nn.Module, storage: str, adapter: str) -> tuple[Any, str]:
 
 
 def remove(owner: nn.Module, storage: str, adapter: str) -> None:
-    box: Any = owner._modules.get(storage.partition(".")[0])
-    if box is not None and adapter in box:
+    box = _holding(owner, storage.partition(".")[0], adapter)
+    if box is not None:
         del box[adapter]
 
 

@@ -124,8 +124,26 @@ def _check_rank(rank: int | float) -> None:
         raise AdapterError(f"rank={rank}: must be at least 1")
 
 
+def convertible(tuner: Tuner, adapter: str) -> bool:
+    """Whether each of the adapter's layers can be a LoRA layer."""
+    tuner.known(adapter)
+    return not _why_not(tuner, adapter, _of(tuner, adapter))
+
+
+def _of(tuner: Tuner, adapter: str) -> dict[str, Adapted]:
+    return {n: x for n, x in tuner.adapted_layers() if adapter in x.entries}
+
+
 def _layers(tuner: Tuner, adapter: str) -> dict[str, Adapted]:
     """The adapter's layers; raises where one of them cannot be a LoRA layer."""
+    layers = _of(tuner, adapter)
+    why = _why_not(tuner, adapter, layers)
+    if why:
+        raise AdapterError(f"adapter {adapter!r} cannot be converted to LoRA: {why}")
+    return layers
+
+
+def _why_not(tuner: Tuner, adapter: str, layers: dict[str, Adapted]) -> str:
     cfg = tuner.peft_config[adapter]
     why = ""
     if getattr(cfg, "bias", "none") not in ("none", None):
@@ -137,7 +155,6 @@ def _layers(tuner: Tuner, adapter: str) -> dict[str, Adapted]:
         why = f"{method.name} trains whole modules and has no delta"
     elif not method.mergeable:
         why = f"{method.name} depends on the input and has no delta"
-    layers = {n: x for n, x in tuner.layers() if adapter in x.entries}
     if method.changes_base(cfg) and any(x.entries[adapter].start is None for x in layers.values()):
         why = why or (
             f"{method.name} changed the base's weights when it was made, and what they were is not known any more; "
@@ -151,9 +168,7 @@ def _layers(tuner: Tuner, adapter: str) -> dict[str, Adapted]:
             why = why or f"{name} has {site.groups} groups, and LoRA's A would read every channel of it"
         elif layer.merged_adapters:
             why = why or f"adapters are merged into {name}; call unmerge_adapter() first"
-    if why:
-        raise AdapterError(f"adapter {adapter!r} cannot be converted to LoRA: {why}")
-    return layers
+    return why
 
 
 def _change(layer: Adapted, adapter: str) -> tuple[Tensor, Tensor | None]:

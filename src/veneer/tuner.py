@@ -45,7 +45,7 @@ class Tuner(nn.Module):
         self.peft_config: dict[str, Any] = {}
         self.methods: dict[str, Method] = {}
         self.reading: dict[str, Method] = {}  # adapters whose methods take arguments of a call
-        self.shared: dict[str, dict[str, Any]] = {}
+        self.shared_specs: dict[str, dict[str, Any]] = {}
         self.targeted: dict[str, list[str]] = {}
         self.replicated: list[list[int]] | None = None  # ranges of layer_replication, once they are in place
         self.schedules: dict[str, schedule.Schedule] = {}
@@ -92,7 +92,7 @@ class Tuner(nn.Module):
         for name in self.host.active if self.training and self.host.enabled else ():
             method = registry.method_of(self.peft_config[name])
             if type(method).extra_loss is not Method.extra_loss:
-                part = method.extra_loss([m.view(name) for _, m in self.layers() if name in m.entries])
+                part = method.extra_loss([m.view(name) for _, m in self.adapted_layers() if name in m.entries])
                 total = total if part is None else total + part
         return total
 
@@ -134,7 +134,7 @@ class Tuner(nn.Module):
         return torch.get_default_dtype() if site.dtype.itemsize < 2 else site.dtype
 
     # -- walking ---------------------------------------------------------------------------------------
-    def layers(self) -> Iterator[tuple[str, Adapted]]:
+    def adapted_layers(self) -> Iterator[tuple[str, Adapted]]:
         return ((n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted))
 
     def saved_modules(self) -> Iterator[tuple[str, SavedModule]]:
@@ -150,6 +150,7 @@ class Tuner(nn.Module):
         self.check_new(name, cfg)
         first = not self.peft_config
         self.peft_config[name] = cfg
+        self.prefix = registry.method_of(cfg).prefix
         if registry.method_of(cfg).reads:
             self.reading[name] = registry.method_of(cfg)
         self.methods[name] = registry.method_of(cfg)
@@ -182,6 +183,13 @@ class Tuner(nn.Module):
         if name in self.peft_config:
             raise ValueError(f"Adapter with name {name} already exists. Please use a different name.")
         method = registry.method_of(cfg)
+        if name in method.prefix:
+            warnings.warn(
+                f"Adapter name {name!r} should not be contained in the prefix {method.prefix!r}. This may lead to "
+                "reinitialization of the adapter weights during loading.",
+                PeftWarning,
+                stacklevel=3,
+            )
         own = method.tuner_class()
         if own is not None and not isinstance(self, own):
             raise ValueError(
@@ -194,7 +202,7 @@ class Tuner(nn.Module):
                     f"this model has {other.peft_type} adapters and cannot take {cfg.peft_type} beside them; "
                     "use get_peft_model(..., mixed=True)"
                 )
-            if not self.mixes and registry.method_of(other).exclusive != method.exclusive:
+            if registry.method_of(other).exclusive != method.exclusive:
                 alone = method.name if method.exclusive else registry.method_of(other).name
                 raise ValueError(
                     f"{alone} cannot be combined with adapters that don't use it, since {alone} modifies the base "
@@ -208,13 +216,20 @@ class Tuner(nn.Module):
             )
 
     mixes = False
+    prefix = ""  # what the names of the adapters' tensors begin with
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter and its tensors; the first of those left becomes active where none is."""
-        self.known(adapter_name)
+        if adapter_name not in self.peft_config:
+            have = ", ".join(map(repr, self.peft_config)) or "none"
+            raise ValueError(f"Adapter {adapter_name} does not exist; this model has: {have}")
+        if any(adapter_name in layer.merged_adapters for _, layer in self.adapted_layers()):
+            raise AdapterError(
+                f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
+            )
         for _, m in list(self.wrappers()):
             m.delete_adapter(adapter_name)
-        for key in self.shared.pop(adapter_name, {}):
+        for key in self.shared_specs.pop(adapter_name, {}):
             storage.remove(self, key, adapter_name)
         self.attached.remove(adapter_name)
         del self.peft_config[adapter_name]
@@ -250,11 +265,18 @@ class Tuner(nn.Module):
         A merged model is unmerged first, with a warning.
         """
         names = self.known(adapter_name)
-        if any(layer.merged for _, layer in self.layers()):
+        if any(layer.merged for _, layer in self.adapted_layers()):
             warnings.warn(
                 "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=2
             )
             self.unmerge_adapter()
+        for path, m in self.wrappers():
+            both = [n for n in names if isinstance(m, SavedModule) and n in m.modules_to_save]
+            if len(both) > 1:
+                raise ValueError(
+                    f"Only one adapter can be set at a time for ModulesToSaveWrapper: {path} has a copy of its own in "
+                    f"each of {', '.join(both)}"
+                )
         for _, m in self.wrappers():
             m.own_active = None
         self.host.activate(names)
@@ -265,7 +287,7 @@ class Tuner(nn.Module):
         for _, m in self.wrappers():
             if isinstance(m, SavedModule) or adapter in getattr(m, "entries", ()):
                 m.require_grad(adapter, on)
-        for key, spec in self.shared.get(adapter, {}).items():
+        for key, spec in self.shared_specs.get(adapter, {}).items():
             if spec.train:
                 holder, leaf = storage.holder_of(self, key, adapter)
                 getattr(holder, leaf).requires_grad_(on)
@@ -285,7 +307,7 @@ class Tuner(nn.Module):
                 if key.rpartition(".")[2] == "bias" and "lora_" not in key and ".original_module." not in key:
                     p.requires_grad_(True)
         elif str(mode).endswith("_only"):
-            for _, layer in self.layers():
+            for _, layer in self.adapted_layers():
                 b = layer.bias
                 if name in layer.entries and b is not None:
                     b.requires_grad_(True)
@@ -299,17 +321,27 @@ class Tuner(nn.Module):
         for _, m in self.wrappers():
             m.own_enabled = True
 
+        self.host.irregular = False
+
     def disable_adapter_layers(self) -> None:
         self.host.enable(False)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         before = self.host.enabled
+        mixed = before and self.host.irregular and any(not m.own_enabled for _, m in self.wrappers())
+        if mixed:
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
+                PeftWarning,
+                stacklevel=4,
+            )
         self.host.enable(False)
         try:
             yield
         finally:
-            self.host.enable(before)
+            self.enable_adapter_layers() if mixed else self.host.enable(before)
 
     # -- merging ----------------------------------------------------------------------------------------
     def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:
@@ -317,7 +349,7 @@ class Tuner(nn.Module):
         names = None if adapter_names is None else self.known(adapter_names)
         done: list[Adapted] = []
         try:
-            for _, layer in self.layers():
+            for _, layer in self.adapted_layers():
                 layer.merge(safe_merge=safe_merge, adapter_names=names)
                 done.append(layer)
         except Exception:
@@ -326,7 +358,7 @@ class Tuner(nn.Module):
             raise
 
     def unmerge_adapter(self) -> None:
-        for _, layer in self.layers():
+        for _, layer in self.adapted_layers():
             layer.unmerge()
 
     def merge_and_unload(
@@ -387,16 +419,22 @@ class Tuner(nn.Module):
 
         return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether convert_to_lora can turn this adapter into a LoRA."""
+        from .to_lora import convertible
+
+        return convertible(self, adapter_name)
+
     # -- names ---------------------------------------------------------------------------------------------
     def tensor_names(self, adapter: str) -> Iterator[tuple[str, str, Any, Any, str]]:
         """(layer path, file key, Spec, holder, attribute) of every declared tensor of an adapter; the path of a
         shared tensor is empty."""
-        for path, layer in self.layers():
+        for path, layer in self.adapted_layers():
             entry = layer.entries.get(adapter)
             if entry is None:
                 continue
             for key, spec in entry.specs.items():
                 yield (path, spec.file or key, spec, *entry.where[attribute(key)])
-        for key, spec in self.shared.get(adapter, {}).items():
+        for key, spec in self.shared_specs.get(adapter, {}).items():
             yield ("", spec.file or key, spec, *storage.holder_of(self, key, adapter))
         yield from self.attached.tensor_names(adapter)

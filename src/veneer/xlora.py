@@ -130,7 +130,9 @@ class XLoraTuner(Tuner):
         self.open_calls.pop().__exit__(None, None, None)
 
     def _classifier(self) -> list[tuple[str, Tensor]]:
-        boxes = [(k, self._modules[k.partition(".")[0]], k.partition(".")[2]) for k in self.shared[self.name or ""]]
+        boxes = [
+            (k, self._modules[k.partition(".")[0]], k.partition(".")[2]) for k in self.shared_specs[self.name or ""]
+        ]
         return [(key, getattr(box[self.name], leaf)) for key, box, leaf in boxes]  # type: ignore[index]
 
     def _layers(self) -> list[tuple[Tensor, Tensor]]:

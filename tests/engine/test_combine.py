@@ -65,7 +65,7 @@ def tuner(*names: str, **more: Any) -> Tuner:
 
 
 def deltas(t: Tuner, adapter: str) -> dict[str, torch.Tensor]:
-    return {path: layer.delta(adapter) for path, layer in t.layers() if adapter in layer.entries}
+    return {path: layer.delta(adapter) for path, layer in t.adapted_layers() if adapter in layer.entries}
 
 
 def weighted(t: Tuner, names: list[str], weights: list[float]) -> dict[str, torch.Tensor]:
@@ -94,7 +94,7 @@ def test_sum_is_exact_where_the_rank_allows(kind: str, names: list[str], weights
     assert isinstance(done, Combined)
     assert set(done.errors) == set(deltas(t, "sum"))
     assert done.worst < 1e-8
-    assert all(layer.scaling["sum"] == 1.0 for _, layer in t.layers())
+    assert all(layer.scaling["sum"] == 1.0 for _, layer in t.adapted_layers())
 
 
 def test_svd_is_the_best_of_its_rank_and_reports_its_error() -> None:
@@ -112,7 +112,7 @@ def test_svd_is_the_best_of_its_rank_and_reports_its_error() -> None:
 
 def test_a_user_scale_counts() -> None:
     t = tuner("a", "b")
-    for _, layer in t.layers():
+    for _, layer in t.adapted_layers():
         layer.set_scale("a", 0.25)
     t.add_weighted_adapter(["a", "b"], [1.0, 1.0], "sum", "cat")
     same(deltas(t, "sum"), weighted(t, ["a", "b"], [1.0, 1.0]))

@@ -133,7 +133,7 @@ def test_it_steps_aside(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         got = model(x)
     else:
         got = model(x)
-    tolerance = {"rtol": 0.05, "atol": 0.05} if how == "autocast" else {}
+    tolerance: dict[str, Any] = {"rtol": 0.05, "atol": 0.05} if how == "autocast" else {}
     torch.testing.assert_close(got, wanted, **tolerance)
     assert calls == [0]
 
@@ -203,7 +203,7 @@ def test_the_model_gives_its_own_numbers(name: str, dtype: torch.dtype) -> None:
         got = model(ids, labels=ids)
         got.loss.backward()
     loose = dtype == torch.bfloat16
-    close = {"rtol": 5e-2, "atol": 5e-2} if loose else {"rtol": 1e-4, "atol": 1e-5}
+    close: dict[str, Any] = {"rtol": 5e-2, "atol": 5e-2} if loose else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(got.logits, wanted.logits, **close)
     for (key, p), (_, q) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, **close, msg=lambda m, key=key: f"{key}: {m}")

@@ -72,10 +72,10 @@ def test_numbers_equal_the_full_delta(name: str) -> None:
         if p.requires_grad:
             p.data.add_(torch.randn_like(p))
     found = matrices(t)
-    assert list(found) == [path for path, _ in t.layers()]
+    assert list(found) == [path for path, _ in t.adapted_layers()]
     assert set(found) <= set(NAMES)
     for path, m in found.items():
-        layer = dict(t.layers())[path]
+        layer = dict(t.adapted_layers())[path]
         with torch.no_grad():
             delta = layer.merged_weights(["default"])[0] - layer.site.weight()
         assert m.shape == tuple(delta.shape)
@@ -142,7 +142,7 @@ def test_numbers_stay_while_merged() -> None:
 def test_the_report_uses_the_same_numbers() -> None:
     t = Tuner(net(), lora())
     for row, (path, m) in zip(inspect_adapter(t), matrices(t).items(), strict=True):
-        weight = dict(t.layers())[path].site.weight()
+        weight = dict(t.adapted_layers())[path].site.weight()
         assert (row.name, row.r) == (path, 3)
         assert row.shape == (m.shape[0], weight.flatten(1).shape[1])
         assert row.delta_norm == pytest.approx(m.norm())

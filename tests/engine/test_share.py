@@ -130,18 +130,18 @@ def test_identity_at_init_and_one_gradient_for_all(config: Any, head: str) -> No
     t(X).square().sum().backward()
     free(X).square().sum().backward()
     summed: dict[int, torch.Tensor] = {}
-    for (_, a), (_, b) in zip(t.layers(), free.layers(), strict=True):
+    for (_, a), (_, b) in zip(t.adapted_layers(), free.adapted_layers(), strict=True):
         for p, q in zip(a.parameters_of("default"), b.parameters_of("default"), strict=True):
             summed[id(p)] = summed.get(id(p), torch.zeros_like(q)) + q.grad
-    held = {id(p): p for _, a in t.layers() for p in a.parameters_of("default")}
-    assert len(held) < sum(1 for _, b in free.layers() for _ in b.parameters_of("default"))
+    held = {id(p): p for _, a in t.adapted_layers() for p in a.parameters_of("default")}
+    assert len(held) < sum(1 for _, b in free.adapted_layers() for _ in b.parameters_of("default"))
     for key, p in held.items():
         torch.testing.assert_close(p.grad, summed[key], atol=1e-5, rtol=1e-4)
 
 
 def untie(t: Tuner) -> None:
     """Give every layer its own Parameter again."""
-    for _, layer in t.layers():
+    for _, layer in t.adapted_layers():
         entry = layer.entries["default"]
         for key, spec in entry.specs.items():
             if spec.train:

@@ -97,7 +97,7 @@ def test_functional_call(case: Case) -> None:
     expected = u(x)
     assert distance(t(x), expected) > 1e-4
     given = {n: p.detach() for n, p in u.named_parameters()}
-    assert torch.equal(functional_call(t, given, (x,)), expected)
+    assert distance(functional_call(t, given, (x,)), expected) < 1e-5  # plain tensors take the reference paths
 
 
 @every_case(lambda c: c.kind in ("linear", "conv"))

@@ -42,4 +42,4 @@ def test_nothing_is_merged_where_one_layer_refuses() -> None:
     with pytest.raises(CannotMerge):
         t.merge_adapter()
     assert same(dict(t.named_parameters()), before)
-    assert not any(layer.merged_adapters for _, layer in t.layers())
+    assert not any(layer.merged_adapters for _, layer in t.adapted_layers())

@@ -27,7 +27,7 @@ def _alone(t: torch.nn.Module, x: torch.Tensor, names: list[str]) -> torch.Tenso
 def test_mixed_batch_is_each_row_alone(case: Case) -> None:
     exempt(case, "mixed batch")
     t = randomize(build(case, adapters=3))
-    for _, layer in t.layers():
+    for _, layer in t.adapted_layers():
         layer.set_scale("a1", 0.5)
     names = ["a2", BASE, "a0", "a0", "a1", BASE, "a2"]
     x = torch.cat([data(case)] * 3)[: len(names)]

@@ -9,12 +9,19 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from veneer.cli.arithmetic import combine, convert, extract, resize
 from veneer.cli.chat import chat
 from veneer.cli.errors import DebugFlag, friendly_errors
+from veneer.cli.export import export
 from veneer.cli.generate import generate
+from veneer.cli.inspect import diff, inspect
 from veneer.cli.merge import merge
+from veneer.cli.methods import methods
 from veneer.cli.quickstart import quickstart
+from veneer.cli.run_as_peft import NAME, run_as_peft
+from veneer.cli.serve import serve
 from veneer.cli.train import train
+from veneer.train.allocator import large_pages
 from veneer.version import __version__
 
 __all__ = ["app", "main"]
@@ -56,15 +63,39 @@ def root(
     """Fine-tune a language model on your own data with one command."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would fill a log file
+    large_pages()
 
 
-for command in (quickstart, train, chat, generate, merge):
+for command in (
+    quickstart,
+    train,
+    chat,
+    generate,
+    merge,
+    methods,
+    inspect,
+    diff,
+    combine,
+    resize,
+    convert,
+    extract,
+    export,
+    serve,
+):
     app.command()(command)
+
+
+app.command(NAME, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run_as_peft)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    app()
+    if sys.argv[1:2] == [NAME] and sys.argv[2:3] not in ([], ["--help"]):
+        from veneer.compat.run import run_as_peft as run
+
+        run(sys.argv[2:])  # errors are the script's own, so no panel stands around them
+    else:
+        app()
 
 
 if __name__ == "__main__":

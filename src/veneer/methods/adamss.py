@@ -62,7 +62,7 @@ class AdamssConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "ADAMSS"
-        if self.init_weights not in ("orthogonal", None):
+        if self.init_weights not in ("orthogonal", None, False):  # False: as None, random
             raise ValueError(f"init_weights must be 'orthogonal' or None, got {self.init_weights}")
         if self.use_asa and self.init_warmup >= self.final_warmup:
             raise ValueError(
@@ -91,7 +91,7 @@ def clustered(U: Tensor, n: int) -> list[list[int]]:
     try:
         from sklearn.cluster import KMeans
     except ImportError as e:
-        raise MissingExtra("AdaMSS clusters a weight's rows with scikit-learn: pip install scikit-learn") from e
+        raise MissingExtra("AdaMSS clusters a weight's rows with scikit-learn: pip install 'veneer[adamss]'") from e
     means = KMeans(n_clusters=n, init="random", n_init=1, max_iter=10, random_state=123456789)
     labels = torch.from_numpy(means.fit(U.cpu().numpy()).labels_)
     return [rows for k in range(n) if (rows := (labels == k).nonzero().flatten().tolist())]
@@ -153,7 +153,8 @@ class AdaMSS(LowRank):
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
         for k, A in enumerate(cfg.starts):
             p.fill(f"adamss_A_{k}", A)
-            p.fill(f"adamss_B_{k}", torch.zeros_like(getattr(p, f"adamss_B_{k}")))
+            B = getattr(p, f"adamss_B_{k}")
+            p.fill(f"adamss_B_{k}", torch.zeros_like(B) if cfg.init_weights else 0.01 * torch.randn_like(B))
         return None
 
     def parts(self, p: View) -> tuple[Tensor, Tensor]:

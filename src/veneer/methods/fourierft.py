@@ -6,8 +6,8 @@ section 3.
     fourierft_spectrum (n_frequency,)    real
 
 The places are the first of a random permutation with random_loc_seed, so they are not saved. The real part of the
-transform is that of F made symmetric, so half of it is computed; few frequencies against the layer's size make a
-product of cosines and sines of low rank instead. Merges.
+transform is a sum of cosines, the real part of fft2(F) / (out inp), half of which is computed; few frequencies against
+the layer's size make a product of cosines and sines of low rank instead. Merges.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..config import AdapterConfig
 from ..kinds import Additive, Spec
@@ -71,6 +72,37 @@ def check_count(cfg: Any, site: Site) -> None:
         )
 
 
+def cosines(F: Tensor) -> Tensor:
+    """Re fft2(F) of real F (..., out, inp): half of it is computed, the rest are mirror images."""
+    inp = F.shape[-1]
+    half = torch.fft.rfft2(F).real
+    mirrored = half[..., 1 : inp - half.shape[-1] + 1].flip(-1)
+    return torch.cat([half, torch.cat([mirrored[..., :1, :], mirrored[..., 1:, :].flip(-2)], -2)], -1)
+
+
+class Waves(Function):
+    """cosines(F) of F (out, inp), zero but for s (n,) at rows u and columns v. The map is its own transpose, so the
+    gradient is one transform, too, read at those places: no transform of complex numbers, no second half."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(s: Tensor, u: Tensor, v: Tensor, out: int, inp: int) -> Tensor:
+        return cosines(s.new_zeros(out * inp).index_add(0, u * inp + v, s).reshape(out, inp))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:3])
+        ctx.out, ctx.inp = inputs[3:]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (u, v), out, inp = ctx.saved_tensors, ctx.out, ctx.inp
+        own = v < inp // 2 + 1
+        found = torch.fft.rfft2(g).real[torch.where(own, u, -u % out), torch.where(own, v, -v % inp)]
+        return found, None, None, None, None
+
+
 class FourierFT(Additive):
     Config = FourierFTConfig
     prefix = "fourierft_"
@@ -120,12 +152,9 @@ class FourierFT(Additive):
         if not self.dense(p):
             B, A = self.factors(p)
             return (B @ A).to(p.dtype or B.dtype)
-        (out, inp), s, (u, v) = (p.site.out, p.site.inp), self.spectrum(p) / 2, p.fourierft_indices
-        half = inp // 2 + 1
-        direct = torch.where(v < half, u * half + v, out * half)  # the last slot takes what lies in the other half
-        mirror = torch.where(-v % inp < half, (-u % out) * half + -v % inp, out * half)
-        F = s.new_zeros(out * half + 1).index_add(0, torch.cat([direct, mirror]), s.repeat(2))[:-1]
-        change = torch.fft.irfft2(F.reshape(out, half).to(s.dtype.to_complex()), s=(out, inp))
+        (out, inp), (u, v) = (p.site.out, p.site.inp), p.fourierft_indices
+        s = self.spectrum(p) / (out * inp)
+        change = Waves.apply(s, u, v, out, inp)
         return change.to(p.dtype or s.dtype)
 
     def side(self, p: View, x: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ from torch import Tensor
 
 from ..config import AdapterConfig, veneer_field
 from ..errors import AdapterError
-from ..frod_kernels import Pattern, composed, factored
-from ..kernels import plain_autograd
+from ..frod_kernels import composed, factored
 from ..kinds import Additive, Spec
 from ..layer import View
 from ..site import Site
+from ..sparse_kernels import Pattern, pattern_of, sparse_fits
 
 
 @dataclass
@@ -111,12 +111,6 @@ def few(p: View, x: Tensor) -> bool:
     return 2 * n * tokens < out * tokens + 2 * n * out
 
 
-def fast(U: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether S multiplies as a sparse matrix: one dtype that sparse products know, and plain autograd."""
-    known = dtype in (torch.float32, torch.float64) and U.dtype == values.dtype == dtype
-    return known and plain_autograd(values)
-
-
 class FRoD(Additive):
     Config = FrodConfig
     prefix = "frod_lambda_"
@@ -175,15 +169,11 @@ class FRoD(Additive):
 
     def pattern(self, p: View) -> Pattern:
         at = getattr(p, f"frod_s_indices_{group(p.site.name)}")
-        found = p.memory.get("pattern")
-        if found is None or not found.holds(at):
-            found = p.memory["pattern"] = Pattern(at, p.site.inp)
-        return found
+        return pattern_of(p.memory, at, p.site.inp, p.site.inp)
 
     def delta(self, p: View) -> Tensor:
         U, V, l, values = p.frod_U, self.basis(p), p.frod_lambda_l - p.frod_l0, p.frod_lambda_s_values
-        dtype = p.dtype or U.dtype
-        if fast(U, values, dtype):
+        if sparse_fits(U, l, values):
             return composed(U, V, l, values, self.pattern(p)) * p.scaling
         core = self.core(p, l) * p.scaling
         return U @ core @ V.mT
@@ -206,6 +196,6 @@ class FRoD(Additive):
         if not (plain and few(p, x) and base.exact_for(x)):
             return super().forward(ps, x, base, args, kwargs)
         U, V, b = p.frod_U, self.basis(p), base.bias()  # the whole weight by its factors: no base product
-        if fast(U, p.frod_lambda_s_values, x.dtype):
+        if sparse_fits(x, U, p.frod_lambda_l, p.frod_lambda_s_values):
             return factored(x, U, V, p.frod_lambda_l, p.frod_lambda_s_values, b, self.pattern(p))
         return F.linear(x @ V @ self.core(p, p.frod_lambda_l).mT, U, b)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import AdapterConfig, veneer_field
-from ..defaults import default_targets
+from ..defaults import default_targets, target_table
 from ..errors import AdapterError
 from ..kinds import Gate, Spec
 from ..layer import View
@@ -66,10 +66,10 @@ class IA3(Gate):
     example: ClassVar[dict[str, Any]] = {"feedforward_modules": ["down_proj"]}
 
     def prepare(self, cfg: Any, model: torch.nn.Module, model_type: str | None) -> None:
-        by_architecture = cfg.target_modules is None
+        known = cfg.target_modules is None or model_type in target_table("ia3_feedforward")
         super().prepare(cfg, model, model_type)
         if cfg.feedforward_modules is None:
-            if not by_architecture:
+            if not known:
                 raise ValueError(
                     "Please specify `feedforward_modules` in `peft_config`: those of target_modules that are "
                     "scaled at their input, [] for none"

@@ -61,6 +61,10 @@ class LoHa(Additive):
     Config = LoHaConfig
     sites = frozenset({"linear", "conv", "embedding"})
     prefix = "hada_"
+    by_weight = True
+
+    def dense(self, p: View) -> bool:
+        return not (p.training and (p.cfg.rank_dropout or p.cfg.module_dropout))
 
     def check(self, cfg: Any, site: Site) -> None:
         if cfg.r <= 0:

@@ -92,7 +92,8 @@ class MiSS(Additive):
     def block(self, p: View) -> Tensor:
         """(out, r)"""
         M = p.miss_block
-        return M.mT.repeat(p.site.out // M.shape[1], 1)
+        times = p.site.out // M.shape[1]
+        return M.mT if times == 1 else M.mT.repeat(times, 1)
 
     def gathered(self, p: View, x: Tensor) -> Tensor:
         """The sum of the input's blocks, (..., r)."""

@@ -31,6 +31,7 @@ from ..errors import AdapterError
 from ..kinds import Gate, Spec
 from ..layer import View
 from ..site import Site
+from .boft import rotate_blocks
 
 
 @dataclass
@@ -180,9 +181,9 @@ class OFT(Gate):
 
     def pre(self, p: View, x: Tensor) -> Tensor:
         C = self.rotation(p).to(x.dtype)
-        parts = x.unflatten(-1, (-1, C.shape[-1]))
-        rotated = parts @ C[0] if len(C) == 1 else torch.einsum("...nk,nkc->...nc", parts, C)
-        return rotated.flatten(-2)
+        if len(C) > 1:
+            return rotate_blocks(x, C)
+        return (x.unflatten(-1, (-1, C.shape[-1])) @ C[0]).flatten(-2)
 
     def post(self, p: View, y: Tensor) -> Tensor:
         return self.pre(p, y)

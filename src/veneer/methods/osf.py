@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..config import AdapterConfig, veneer_field
 from ..errors import AdapterError
+from ..kernels import plain_autograd
 from ..kinds import Additive, Spec
 from ..layer import View
 from ..osf_kernels import Outside, singular
@@ -123,7 +124,7 @@ class OSF(Additive):
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
         p = ps[0]
         one = len(ps) == 1 and not args and not kwargs and p.scaling == 1
-        if not (one and base.plain(x) and base.exact_for(x) and by_factors(p, x)):
+        if not (one and plain_autograd(x) and base.exact_for(x) and by_factors(p, x)):
             return super().forward(ps, x, base, args, kwargs)
         U, S, V = p.osf_svd_params_U_low, p.osf_svd_params_S_low, p.osf_svd_params_V_low
         if not U.dtype == p.osf_U_high.dtype == x.dtype:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig, veneer_field
 from ..errors import AdapterError
-from ..kinds import Additive, Spec
+from ..kinds import Additive, Spec, Weights
 from ..layer import View
 from ..site import Site
 
@@ -110,10 +110,19 @@ class SuperTuning(Additive):
         size = weight().detach().abs().flatten()
         p.fill("supertuning_indices", size.topk(entries(cfg, p.site), largest=cfg.select_top).indices)
 
+    def onto(self, p: View, W: Tensor) -> Tensor:
+        """W (out, inp) with the trained entries added, in one pass over it."""
+        values = (p.supertuning_values * p.scaling).to(W.dtype)
+        return W.reshape(-1).scatter_add(0, p.supertuning_indices.long(), values).reshape(W.shape)
+
     def sparse(self, p: View) -> Tensor:
-        v = p.supertuning_values
-        flat = v.new_zeros(p.site.out * p.site.inp).index_put((p.supertuning_indices.long(),), v)
-        return flat.reshape(p.site.out, p.site.inp) * p.scaling
+        return self.onto(p, p.supertuning_values.new_zeros(p.site.out, p.site.inp))
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        for p in ps:
+            pair, W = self.lora(p), self.onto(p, W)
+            W = W if pair is None else torch.addmm(W, *pair)
+        return W, b
 
     def lora(self, p: View) -> tuple[Tensor, Tensor] | None:
         """B, with the scaling, and A."""

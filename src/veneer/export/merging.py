@@ -1,0 +1,194 @@
+"""An adapter and its base into one model folder: streamed where the base's files allow it, then checked, then kept."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import state
+from ..config import PeftConfig
+from ..errors import AdapterError, CannotMerge
+from ..opened import _labels, adapter_folder, model_class, open_adapter
+from .certificate import SAMPLES, Certificate, certify, outputs
+from .mapped import Mapped, Unmappable, mapped_model, shards
+from .streaming import fingerprint_of, stream_merge
+
+__all__ = ["Merged", "merge_to_folder"]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """streamed: shard by shard; otherwise the model was loaded whole, and `why` says the reason."""
+
+    folder: Path
+    certificate: Certificate
+    streamed: bool
+    why: str = ""
+
+
+class Different(AdapterError):
+    """The merged model does not do what base and adapter do."""
+
+
+def merge_to_folder(
+    adapter: str,
+    out: Path,
+    base: str | None = None,
+    *,
+    dtype: str | None = None,
+    safe: bool = False,
+    tolerance: Mapping[str, float] | None = None,
+    samples: Sequence[str] = SAMPLES,
+    on_shard: Callable[[str, bool], None] | None = None,
+) -> Merged:
+    """Merge an adapter into its base and write an ordinary model folder with a certificate of equality.
+
+    dtype: store as this torch dtype's name. tolerance: dtype name -> largest allowed difference of a logit as a
+    share of the largest. A cut-off run goes on in `<out>.partial`. Raises Different where the check fails, and
+    CannotMerge, AdapterError or BaseModelError; `out` is then not there.
+    """
+    if out.exists():
+        raise AdapterError(f"{out} already exists; name a folder that does not exist yet")
+    folder, partial = adapter_folder(adapter), out.with_name(out.name + ".partial")
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise AdapterError(f"{folder} does not name its base model; give it with --base")
+    kind = None if dtype is None else getattr(torch, dtype)
+    try:
+        mapped = _map(str(name), config, folder)
+    except Unmappable as error:
+        why = str(error)
+        model, tokenizer, before, stored = _load_whole(adapter, base, partial, kind, safe, samples)
+    else:
+        why = ""
+        model, tokenizer, before, stored = _stream(mapped, folder, config, partial, kind, safe, samples, on_shard)
+    try:
+        found = _check(model, partial, tokenizer, before, stored, samples, tolerance or {}, out)
+        _finish(partial, folder, tokenizer, found, str(name))
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Merged(out, found, not why, why)
+
+
+@dataclass
+class _Mapped(Mapped):
+    folder: Path = Path()
+
+
+def _map(name: str, config: Any, folder: Path) -> _Mapped:
+    """The base over its files, of the class that the adapter's task needs."""
+    from ..train.bases import load_config, resolve_base
+
+    ref = resolve_base(name)
+    settings = load_config(ref)
+    where = local_folder(ref)
+    tensors, _ = state.read(str(folder))
+    labels = _labels(tensors)
+    more = {} if labels is None else {"num_labels": labels}
+    found = mapped_model(where, model_class(config, settings), **more)
+    return _Mapped(found.model, found.shard_of, found.missing, where)
+
+
+def local_folder(ref: Any) -> Path:
+    """Where a base's files lie: its folder, its dequantised copy, or its snapshot in the hub's cache."""
+    from ..train.bases import _loading, _source
+
+    with _loading(ref):
+        source, _ = _source(ref)
+        if ref.kind != "hub":
+            return Path(source)
+        from huggingface_hub import snapshot_download
+
+        kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(source, revision=ref.revision, allow_patterns=kinds))
+
+
+def _stream(
+    mapped: _Mapped, folder: Path, config: Any, partial: Path, dtype: Any, safe: bool, samples: Sequence[str],
+    on_shard: Callable[[str, bool], None] | None,
+) -> tuple[Any, Any, Any, str]:  # fmt: skip
+    from ..auto import AutoPeftModel
+    from ..model import PeftModel
+
+    tokenizer = _tokenizer(folder, mapped.folder)
+    AutoPeftModel._resize(mapped.model, folder)
+    cls = type(mapped.model)
+    model = PeftModel.from_pretrained(mapped.model, str(folder), config=config).eval()
+    if model.prompt_configs is not None:
+        raise AdapterError(f"{config.peft_type} adds tokens to the input and has no weights to merge")
+    mark = fingerprint_of(folder, mapped.folder, shards(mapped.folder), dtype=str(dtype), safe=safe)
+    base = model.get_base_model()
+    try:
+        stream_merge(mapped, base, partial, dtype=dtype, safe=safe, fingerprint=mark, on_shard=on_shard)
+    except (ValueError, CannotMerge):  # it would fail again; a run that was cut off keeps what it has
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    stored = str(dtype or mapped.model.dtype).removeprefix("torch.")
+    return cls, tokenizer, outputs(model, tokenizer, samples), stored
+
+
+def _load_whole(
+    adapter: str, base: str | None, partial: Path, dtype: Any, safe: bool, samples: Sequence[str]
+) -> tuple[Any, Any, Any, str]:
+    """The same with the model in memory, for files that cannot be mapped."""
+    opened = open_adapter(adapter, base, need_base=True)
+    tokenizer = _tokenizer(opened.folder, None, opened.base_name)
+    before = outputs(opened.model, tokenizer, samples)
+    merged = opened.model.merge_and_unload(safe_merge=safe)
+    merged = merged if dtype is None else merged.to(dtype)
+    shutil.rmtree(partial, ignore_errors=True)
+    merged.save_pretrained(partial)
+    return type(merged), tokenizer, before, str(merged.dtype).removeprefix("torch.")
+
+
+def _tokenizer(adapter: Path, base: Path | None, name: str = "") -> Any:
+    from ..train.bases import BaseRef, load_tokenizer, resolve_base
+
+    if (adapter / "tokenizer_config.json").is_file():  # the one it was trained with
+        return load_tokenizer(BaseRef("folder", str(adapter), adapter))
+    return load_tokenizer(resolve_base(name) if base is None else BaseRef("folder", str(base), base))
+
+
+def _check(
+    cls: Any, partial: Path, tokenizer: Any, before: Any, stored: str, samples: Sequence[str],
+    tolerance: Mapping[str, float], out: Path,
+) -> Certificate:  # fmt: skip
+    """The written files, read back."""
+    model = mapped_or_loaded(cls, partial)
+    found = certify(before, outputs(model, tokenizer, samples), stored)
+    if not found.share <= tolerance.get(stored, 1e-3):
+        raise Different(
+            f"{out}: the merged logits differ from base + adapter by {found.largest_difference:.3g} "
+            f"({100 * found.share:.2g} %); nothing was kept. Try --dtype float32, or --safe"
+        )
+    return found
+
+
+def mapped_or_loaded(cls: Any, folder: Path) -> Any:
+    try:
+        return mapped_model(folder, cls).model
+    except Unmappable:
+        return cls.from_pretrained(folder, local_files_only=True, dtype="auto").eval()
+
+
+def _finish(partial: Path, adapter: Path, tokenizer: Any, found: Certificate, base: str) -> None:
+    tokenizer.save_pretrained(partial)
+    for name in ("labels.json", "asking.json"):
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, partial / name)
+    found.write(partial)
+    lines = "\n".join(f"- {line}" for line in found.lines())
+    card = (
+        f"---\nbase_model: {base!r}\nlibrary_name: transformers\ntags:\n- veneer\n---\n\n# {adapter.resolve().name}, "
+        f"merged\n\nAn adapter merged into its base with veneer ({found.dtype}).\n\nChecked against base plus "
+        f"adapter on sample text:\n\n{lines}\n"
+    )
+    (partial / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,141 @@
+"""The methods' own autograd nodes equal their plain references: values, gradients, gradients of gradients, and the
+layers take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+
+import veneer
+from veneer import frod_kernels, osf_kernels, scaled_kernels
+from veneer.kernels import mask_like
+from veneer.methods import dora, fourierft, frod, osf, vera
+from veneer.sparse_kernels import Pattern, pattern_of
+
+AT = torch.tensor([[3, 0, 2, 4, 1], [1, 2, 0, 3, 4]])  # in no order
+
+
+def normal(*shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+def arguments(name: str, bias: bool) -> list[Any]:
+    torch.manual_seed(0)
+    x, W, b = normal(2, 3, 5), normal(4, 5), normal(4) if bias else None
+    if name.startswith("vector_low_rank"):
+        rate = 0.3 if name.endswith("dropout") else 0.0
+        keep = mask_like(x, rate) if rate else None
+        return [x, W, b, normal(2, 5, grad=False), normal(4, 2, grad=False), normal(2), normal(4), 1.7, keep, rate]
+    if name == "rescaled_low_rank":
+        return [x, W, b, normal(2, 5), normal(4, 2), normal(4), 1.7]
+    frozen = [normal(4, 5, grad=False), normal(5, 5, grad=False)]
+    if name == "factored":
+        return [x, *frozen, normal(5), normal(5), b, Pattern(AT, 5, 5)]
+    return [*frozen, normal(5), normal(5), Pattern(AT, 5, 5)]
+
+
+NODES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "vector_low_rank": (scaled_kernels.vector_low_rank, scaled_kernels.vector_low_rank_reference),
+    "vector_low_rank dropout": (scaled_kernels.vector_low_rank, scaled_kernels.vector_low_rank_reference),
+    "rescaled_low_rank": (scaled_kernels.rescaled_low_rank, scaled_kernels.rescaled_low_rank_reference),
+    "factored": (frod_kernels.factored, frod_kernels.factored_reference),
+    "composed": (frod_kernels.composed, frod_kernels.composed_reference),
+}
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", NODES)
+def test_node_equals_reference(name: str, bias: bool) -> None:
+    node, reference = NODES[name]
+    args = arguments(name, bias)
+    wanted, got = reference(*args), node(*args)
+    torch.testing.assert_close(got, wanted)
+    leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    g = torch.randn_like(wanted)
+    for mine, theirs in zip(torch.autograd.grad(got, leaves, g), torch.autograd.grad(wanted, leaves, g), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert gradcheck(lambda *_: node(*args), leaves)
+    assert gradgradcheck(lambda *_: node(*args), leaves)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_singular(bias: bool) -> None:
+    """The projected gradient is no derivative, so the reference's is the measure."""
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (4, 5))
+    fixed = [U[:, :2], torch.rand(2, dtype=torch.float64), V[:2]]
+    args = [normal(2, 3, 5), *fixed, normal(4, 2), normal(2), normal(2, 5), normal(4) if bias else None]
+    leaves = [a for a in args if isinstance(a, Tensor) and a.requires_grad]
+    wanted, got = osf_kernels.singular_reference(*args), osf_kernels.singular(*args)
+    torch.testing.assert_close(got, wanted)
+    g = torch.randn_like(wanted)
+    firsts = [torch.autograd.grad(y, leaves, g, create_graph=True) for y in (got, wanted)]
+    for mine, theirs in zip(*firsts, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    plain = torch.autograd.grad(osf_kernels.singular(*args), leaves, g)
+    for mine, theirs in zip(plain, firsts[1], strict=True):
+        torch.testing.assert_close(mine, theirs)
+    seconds = [torch.autograd.grad(sum(t.square().sum() for t in f), leaves, allow_unused=True) for f in firsts]
+    for mine, theirs in zip(*seconds, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("out", [1, 4, 5])
+@pytest.mark.parametrize("inp", [1, 2, 6, 7])
+def test_waves(out: int, inp: int) -> None:
+    torch.manual_seed(0)
+    full = torch.randn(out, inp, dtype=torch.float64)
+    torch.testing.assert_close(fourierft.cosines(full), torch.fft.fft2(full).real)
+    n = min(3, out * inp)
+    u, v = fourierft.places(out, inp, n, 7)
+    s = normal(n)
+    assert gradcheck(lambda t: fourierft.Waves.apply(t, u, v, out, inp), (s,))
+    assert gradgradcheck(lambda t: fourierft.Waves.apply(t, u, v, out, inp), (s,))
+
+
+def test_a_pattern_is_found_once_until_its_places_change() -> None:
+    memory: dict[str, Any] = {}
+    at = AT.clone()
+    first = pattern_of(memory, at, 5, 5)
+    assert pattern_of(memory, at, 5, 5) is first
+    at.copy_(AT.flip(1))
+    assert pattern_of(memory, at, 5, 5) is not first
+
+
+TAKEN: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
+    "VeRA": (vera, "vector_low_rank", "VeraConfig", {"r": 2, "init_weights": False}),
+    "DoRA": (dora, "rescaled_low_rank", "LoraConfig", {"r": 2, "use_dora": True, "init_lora_weights": False}),
+    "FRoD": (frod, "factored", "FrodConfig", {"sparse_rate": 0.1, "init_weights": False, "progressbar": False}),
+    "OSF": (osf, "singular", "OSFConfig", {"effective_rank": 2, "init_weights": False}),
+}
+
+
+@pytest.mark.parametrize("how", ["plain", "func", "autocast", "hook"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_layers_take_the_node_where_it_applies(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, node, config, settings = TAKEN[name]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12))
+    model: Any = veneer.get_peft_model(net, getattr(veneer, config)(target_modules=["0"], **settings))
+    layer, calls, real = model.base_model.model[0], [], getattr(module, node)
+    monkeypatch.setattr(module, node, lambda *a: (calls.append(1), real(*a))[1])
+    x = torch.randn(3, 6)
+    wanted = nn.functional.linear(x, *layer.effective())
+    if how == "plain":
+        torch.testing.assert_close(model(x), wanted)
+        assert calls == [1]
+        return
+    if how == "func":
+        torch.testing.assert_close(torch.vmap(model)(x), wanted)
+    elif how == "autocast":
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(model(x).float(), wanted, rtol=0.1, atol=0.1)
+    else:
+        layer.base_layer.register_forward_hook(lambda *_: None)
+        torch.testing.assert_close(model(x), wanted)
+    assert calls == [] or (name in ("FRoD", "OSF") and how == "hook")  # they have no product with the base's weight
