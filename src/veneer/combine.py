@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # Settings of the first adapter that the result keeps; everything else is LoraConfig's default.
 KEPT = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "fan_in_fan_out", "lora_dropout",
-        "layer_replication")  # fmt: skip
+        "layer_replication", "alora_invocation_tokens")  # fmt: skip
 SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layers")
 
 
@@ -169,6 +169,11 @@ def _config(job: _Job) -> Any:
     first = configs[0]
     if any(c.get("layer_replication") != first.get("layer_replication") for c in configs):
         raise AdapterError("these adapters differ in layer_replication; they belong to models of different depth")
+    if any(c.get("alora_invocation_tokens") != first.get("alora_invocation_tokens") for c in configs):
+        raise AdapterError(
+            "these adapters act on different tokens (alora_invocation_tokens), and one adapter has one invocation; "
+            "combine adapters with the same"
+        )
     ranks = Counter(new.rank for new in job.new.values())
     r = max(ranks, key=lambda k: (ranks[k], k))
     pattern = {f"^{re.escape(path)}": new.rank for path, new in job.new.items() if new.rank != r}

@@ -59,7 +59,7 @@ def refuse(tuner: Tuner, name: str) -> None:
     why = ""
     if method.name == "DORA":
         why = "DoRA rescales the whole weight, so its changes do not add up to low-rank factors"
-    elif method.name != "LORA":
+    elif method.name not in ("LORA", "ALORA"):
         why = f"{method.name} is not plain LoRA; only LoRA's factors can be summed into a LoRA adapter"
     elif method.changes_base(cfg):
         why = (

@@ -96,9 +96,10 @@ def write_bin(path: str, tensors: dict[str, Tensor]) -> None:
     write_atomic(path, lambda temporary: torch.save(tensors, temporary))
 
 
-def read_tensors(path: str, device: str = "cpu") -> dict[str, Tensor]:
+def read_tensors(path: str | os.PathLike, device: str = "cpu") -> dict[str, Tensor]:
     """Tensors of a .safetensors file (memory-mapped) or an old .bin file (weights only: one that holds code is
     refused)."""
+    path = os.fspath(path)
     if path.endswith(".safetensors"):
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -19,7 +19,7 @@ from . import rows, storage
 from .context import Host
 from .errors import AdapterError, CannotMerge, PeftWarning
 from .kernels import plain_autograd
-from .kinds import Method, Spec, Weights
+from .kinds import Additive, Method, Spec, Weights
 from .site import Site
 
 Group = tuple[Method, tuple["View", ...]]
@@ -463,7 +463,11 @@ class Adapted(nn.Module):
 
     def delta(self, adapter: str) -> Tensor:
         """The change an adapter makes to the weight, (out, inp / groups, *kernel), float32 at least."""
-        W = self.site.weight().detach()
+        W, method = self.site.weight().detach(), self.entries[adapter].method
+        work = torch.promote_types(W.dtype, torch.float32)
+        if isinstance(method, Additive):  # of one that acts on some tokens alone, the change there
+            with torch.no_grad():
+                return method.delta(self.view(adapter, work)).to(work)
         new, _ = self.merged_weights([adapter])
         return new - W.to(new.dtype)
 

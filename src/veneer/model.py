@@ -222,7 +222,9 @@ class PeftModel(nn.Module):
             return
         if adapter_name not in self.prompt_configs:
             have = ", ".join(map(repr, self.prompt_configs)) or "none"
-            raise ValueError(f"Adapter {adapter_name} does not exist; this model has: {have}")
+            raise ValueError(
+                f"Adapter {adapter_name} does not exist: {adapter_name!r} not found; this model has: {have}"
+            )
         del self.prompt_configs[adapter_name], self.prompt_encoder[adapter_name]
         for _, m in self._saved():
             m.delete_adapter(adapter_name)
@@ -467,7 +469,9 @@ class PeftModel(nn.Module):
         report = hub.put(self, adapter, hub.renamed(tensors, key_mapping), ignore_mismatched_sizes=ignore)
         if strict:
             report.check(path)
-        self.set_requires_grad(adapter, is_trainable)
+        active = self.host.active  # beside an adapter that trains, another waits until it is active
+        waits = adapter not in active and not all(self.peft_config[n].inference_mode for n in active)
+        self.set_requires_grad(adapter, is_trainable and not waits)
         if is_trainable and self.prompt_configs is None and adapter in schedule.names(self.base_model):
             found = files.locate(model_id, schedule.FILE, **kwargs)
             if found is not None:

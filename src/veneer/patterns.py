@@ -10,7 +10,6 @@ from enum import Enum
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from veneer.errors import NoMatchingPeftModuleError as NoMatchingModuleError
 from veneer.graph import name_tails
 
 T = TypeVar("T")

@@ -105,6 +105,9 @@ def _given(saved: list[Place], given: dict[str, Tensor], adapter: str) -> dict[s
     """The adapter's tensors out of a full state dict; buffers, which are never sharded, may be missing from it."""
     wanted = {_clean(p.key, adapter): p for p in saved}
     found = {_clean(k, adapter): t for k, t in given.items()}
+    for key, p in wanted.items():  # a file may call a tensor by its container alone
+        found.setdefault(key, found.get(f"{key}.{p.leaf}"))  # type: ignore[arg-type]
+    found = {k: t for k, t in found.items() if t is not None}
     missing = [p.key for k, p in wanted.items() if k not in found and isinstance(p.get(), nn.Parameter)]
     if missing:
         raise AdapterError(f"the state dict given to save has no {missing[0]} ({len(missing)} tensors are missing)")

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .layer import Adapted
+from .replace import SavedModule
 
 Flag = bool | Literal["irregular"]
 
@@ -74,29 +75,66 @@ def _root(model: Any) -> nn.Module:
 
 
 def layer_status(model: Any) -> list[LayerStatus]:
-    """One LayerStatus for each adapted layer. Raises TypeError for a model without any."""
+    """One LayerStatus for each adapted layer and each module trained whole. Raises TypeError for a model without."""
     out = []
     for name, layer in _root(model).named_modules():
-        if not isinstance(layer, Adapted):
-            continue
-        kinds = sorted({e.method.name.lower() for e in layer.entries.values()})
-        out.append(
-            LayerStatus(
-                name=name,
-                module_type=f"{'+'.join(kinds)}.{type(layer.base_layer).__name__}",
-                enabled=layer.enabled,
-                active_adapters=layer.active_adapters,
-                merged_adapters=list(layer.merged_adapters),
-                requires_grad={
-                    n: _agree(p.requires_grad for p in layer.parameters_of(n)) for n in sorted(layer.entries)
-                },
-                available_adapters=sorted(layer.entries),
-                devices={n: sorted({t.device.type for t in _tensors(layer, n)}) for n in layer.entries},
-            )
-        )
+        if isinstance(layer, Adapted):
+            out.append(_layer(name, layer))
+        elif isinstance(layer, SavedModule):
+            out.append(_saved(name, layer))
     if not out:
         raise TypeError("No adapter layers found in the model, please ensure that it's a PEFT model.")
     return out
+
+
+def _layer(name: str, layer: Adapted) -> LayerStatus:
+    kinds = sorted({e.method.name.lower() for e in layer.entries.values()})
+    base = "ParamWrapper" if layer.site.kind == "parameter" else type(layer.base_layer).__name__
+    return LayerStatus(
+        name=name,
+        module_type="TrainableTokensLayer" if kinds == ["trainable_tokens"] else f"{'+'.join(kinds)}.{base}",
+        enabled=layer.enabled,
+        active_adapters=layer.active_adapters,
+        merged_adapters=list(layer.merged_adapters),
+        requires_grad={n: _agree(p.requires_grad for p in layer.parameters_of(n)) for n in sorted(layer.entries)},
+        available_adapters=sorted(layer.entries),
+        devices={n: sorted({t.device.type for t in _tensors(layer, n)}) for n in layer.entries},
+    )
+
+
+def _saved(name: str, module: SavedModule) -> LayerStatus:
+    copies = {n: list(copied.parameters()) for n, copied in sorted(module.modules_to_save.items())}
+    return LayerStatus(
+        name=name,
+        module_type="ModulesToSaveWrapper",
+        enabled=not module.disable_adapters,
+        active_adapters=module.active_adapters,
+        merged_adapters=[],
+        requires_grad={n: _agree(p.requires_grad for p in ps) for n, ps in copies.items()},
+        available_adapters=list(copies),
+        devices={n: sorted({p.device.type for p in ps}) for n, ps in copies.items()},
+    )
+
+
+def _merged(layers: list[LayerStatus]) -> list[str] | Literal["irregular"]:
+    """The adapters that are merged on every layer that has them; "irregular" where one is on some of its layers."""
+    able = [s for s in layers if s.module_type != "ModulesToSaveWrapper"]
+    merged = {n for s in able for n in s.merged_adapters}
+    if any(n in merged and n not in s.merged_adapters for s in able for n in s.available_adapters):
+        return "irregular"
+    return sorted(merged)
+
+
+def _active(layers: list[LayerStatus]) -> list[str] | Literal["irregular"]:
+    """Active adapters; a module trained whole counts only where it has a copy for one of them."""
+    return _agree(
+        (s.active_adapters for s in layers if s.module_type != "ModulesToSaveWrapper" or s.active_adapters), []
+    )
+
+
+def _model_type(configs: Any) -> str:
+    first = next(iter(configs.values()), None)
+    return "None" if first is None else f"{type(first).__name__.removesuffix('Config')}Model"
 
 
 def model_status(model: Any) -> ModelStatus:
@@ -110,14 +148,14 @@ def model_status(model: Any) -> ModelStatus:
     params = list(model.parameters())
     return ModelStatus(
         base_model_type=type(inner).__name__,
-        adapter_model_type=type(root).__name__ if tuned else "None",
+        adapter_model_type=_model_type(configs) if tuned else "None",
         peft_types={n: str(getattr(c.peft_type, "value", c.peft_type)) for n, c in configs.items()},
         trainable_params=sum(p.numel() for p in params if p.requires_grad),
         total_params=sum(p.numel() for p in params),
         num_adapter_layers=len(layers),
         enabled=_agree(s.enabled for s in layers),
-        active_adapters=_agree((s.active_adapters for s in layers), []),
-        merged_adapters=_agree((s.merged_adapters for s in layers), []),
+        active_adapters=_active(layers),
+        merged_adapters=_merged(layers),
         requires_grad={n: _agree(s.requires_grad[n] for s in layers if n in s.requires_grad) for n in names},
         available_adapters=names,
         devices={n: sorted({d for s in layers for d in s.devices.get(n, [])}) for n in names},

@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 from veneer.defaults import default_targets
+from veneer.errors import NoMatchingPeftModuleError
 from veneer.graph import is_linear, is_transformers_model, name_tails, output_head
 from veneer.patterns import (
-    NoMatchingModuleError,
     TargetSpec,
     compile_pattern,
     layer_index,
@@ -32,7 +32,7 @@ from veneer.words import find_stacks, place_of, select_layers
 
 __all__ = [
     "Match",
-    "NoMatchingModuleError",
+    "NoMatchingPeftModuleError",
     "TargetSpec",
     "default_targets",
     "describe",
@@ -78,7 +78,7 @@ def match_targets(
         kind: whose default targets to use, see :func:`veneer.defaults.default_targets`.
 
     Raises:
-        NoMatchingModuleError: a given pattern, a layer number or a ``layers_pattern`` matches nothing
+        NoMatchingPeftModuleError: a given pattern, a layer number or a ``layers_pattern`` matches nothing
             (silenced by ``config.allow_unmatched`` while any pattern matches), or nothing is left.
         ValueError: a pattern is no regular expression; a matched module is not supported; ``layers`` is
             malformed or picks nothing; no default is known.
@@ -92,7 +92,7 @@ def match_targets(
         if spec.target_parameters:
             return []
         if given:
-            raise NoMatchingModuleError("No `target_modules` passed but also no `target_parameters` found.")
+            raise NoMatchingPeftModuleError("No `target_modules` passed but also no `target_parameters` found.")
         default = default_targets(model, model_type, kind)
         wanted = default if isinstance(default, str) else tuple(default)
     return _Search(model, spec, candidates, wanted, given, is_adaptable).run()
@@ -184,15 +184,15 @@ class _Search:
         missing = [pattern for pattern in wanted if pattern not in self.matched]
         lenient = not self.given or self.spec.allow_unmatched
         if missing and (len(missing) == len(wanted) or not lenient):
-            raise NoMatchingModuleError(self._unmatched(missing))
+            raise NoMatchingPeftModuleError(self._unmatched(missing))
         out = sorted(set(self.spec.layers_to_transform) - self.indices)
         if out and not self.spec.allow_unmatched and self.indices:
-            raise NoMatchingModuleError(
+            raise NoMatchingPeftModuleError(
                 f"layers_to_transform asks for {number_ranges(out)}, but the targeted modules are in layers "
                 f"{number_ranges(sorted(self.indices))}"
             )
         if not found:
-            raise NoMatchingModuleError(
+            raise NoMatchingPeftModuleError(
                 f"No modules were targeted for adaptation: `exclude_modules`, `modules_to_save` or the "
                 f"method left out all {self.excluded or 'modules'} that {list(wanted)} matched"
             )
@@ -251,7 +251,7 @@ def match_parameters(
 
     Raises:
         TypeError: ``target_parameters`` is a single string.
-        NoMatchingModuleError: an entry matches nothing.
+        NoMatchingPeftModuleError: an entry matches nothing.
         ValueError: an entry matches a parameter that is neither 2-D nor 3-D.
     """
     if isinstance(target_parameters, str):
@@ -273,7 +273,7 @@ def match_parameters(
     missing = [entry for entry in target_parameters if entry not in seen]
     if missing and not (found and allow_unmatched):
         listed = "; ".join(f"{entry!r} matches nothing{near_names(entry, known)}" for entry in missing)
-        raise NoMatchingModuleError(f"target_parameters not found in {type(model).__name__}: {listed}")
+        raise NoMatchingPeftModuleError(f"target_parameters not found in {type(model).__name__}: {listed}")
     return found
 
 

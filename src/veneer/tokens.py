@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from . import registry, storage
-from .errors import AdapterError
+from .errors import AdapterError, NoMatchingPeftModuleError
 from .layer import Adapted
 from .parameters import plain_modules
-from .patterns import NoMatchingModuleError, near_names
+from .patterns import near_names
 from .replace import TokenHolder
 from .site import site_of
 from .tying import partners
@@ -90,7 +90,7 @@ def inject_option(tuner: Tuner, name: str, cfg: Any, *, meta: bool, fill: bool) 
     """Train the rows that a config's `trainable_token_indices` names: a list for the input embedding, or
     {module name: list}.
 
-    Raises NoMatchingModuleError for a name that matches nothing, ValueError where ensure_weight_tying meets
+    Raises NoMatchingPeftModuleError for a name that matches nothing, ValueError where ensure_weight_tying meets
     tied modules with different rows, AdapterError where the module is adapted in another way too.
     """
     asked = getattr(cfg, "trainable_token_indices", None)
@@ -140,7 +140,7 @@ def _named(tuner: Tuner, asked: Any) -> Iterator[tuple[str, list[int]]]:
     for pattern, ids in asked.items():
         hits = [path for path in plain if path == pattern or path.endswith(f".{pattern}")]
         if not hits:
-            raise NoMatchingModuleError(
+            raise NoMatchingPeftModuleError(
                 f"trainable_token_indices: {pattern!r} not found in the base model "
                 f"({type(tuner.model).__name__})"
                 f"{near_names(pattern, plain)}"

@@ -222,7 +222,9 @@ class Tuner(nn.Module):
         """Remove an adapter and its tensors; the first of those left becomes active where none is."""
         if adapter_name not in self.peft_config:
             have = ", ".join(map(repr, self.peft_config)) or "none"
-            raise ValueError(f"Adapter {adapter_name} does not exist; this model has: {have}")
+            raise ValueError(
+                f"Adapter {adapter_name} does not exist: {adapter_name!r} not found; this model has: {have}"
+            )
         if any(adapter_name in layer.merged_adapters for _, layer in self.adapted_layers()):
             raise AdapterError(
                 f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first."
@@ -414,9 +416,13 @@ class Tuner(nn.Module):
         combination_type: str = "svd",
         **options: Any,
     ) -> Any:
-        """A new LoRA adapter from a weighted sum of others; see combine.add_weighted_adapter; returns its report."""
+        """A new LoRA or IA3 adapter from a weighted sum of others; see combine.add_weighted_adapter; returns its
+        report."""
         from .combine import add_weighted_adapter
+        from .combine_vectors import add_weighted_vectors
 
+        if adapters and all(self.peft_config[n].peft_type == "IA3" for n in self.known(adapters)):
+            return add_weighted_vectors(self, adapters, weights, adapter_name)
         return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from veneer.cli.app import app
-from veneer.cli.labels import spans
+from veneer.train.entities import spans
 from veneer.cli.session import program
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -225,17 +225,17 @@ def test_a_tagger_prints_entities(tagger: Path) -> None:
     result = CliRunner().invoke(app, ["generate", str(tagger), "--prompt", "send Ada to Rome", "-p", "send"])
     assert result.exit_code == 0, result.output
     first, second = (json.loads(line) for line in result.output.splitlines())
-    assert [(e["text"], e["label"], e["start"], e["end"]) for e in first] == [
+    assert [(e["text"], e["label"], e["start"], e["end"]) for e in first["entities"]] == [
         ("Ada", "PER", 5, 8),
         ("Rome", "LOC", 12, 16),
     ]
-    assert second == []
+    assert second == {"entities": []}
 
 
 def test_chat_with_a_tagger_says_what_to_use(tagger: Path) -> None:
     result = CliRunner().invoke(app, ["chat", str(tagger), "--prompt", "send"])
     assert result.exit_code == 2
-    assert "veneer generate" in result.output
+    assert "veneer predict" in result.output
 
 
 def test_spans_follow_bio() -> None:

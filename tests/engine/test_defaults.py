@@ -12,7 +12,7 @@ from torch import nn
 
 from veneer.defaults import default_targets, target_table
 from veneer.graph import compact_names, derive_targets, linear_names
-from veneer.targets import NoMatchingModuleError, match_targets
+from veneer.targets import NoMatchingPeftModuleError, match_targets
 
 theirs = importlib.import_module("peft.utils.constants")
 KINDS = {
@@ -93,7 +93,7 @@ DIFFERS = {
 def matched(model: nn.Module, targets: Any) -> set[str]:
     try:
         return {m.name for m in match_targets(model, SimpleNamespace(target_modules=targets, allow_unmatched=True))}
-    except NoMatchingModuleError:
+    except NoMatchingPeftModuleError:
         return set()
 
 

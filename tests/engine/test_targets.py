@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from veneer.targets import (
-    NoMatchingModuleError,
+    NoMatchingPeftModuleError,
     TargetSpec,
     describe,
     layer_index,
@@ -70,7 +70,7 @@ def by_peft(model: nn.Module, **config: Any) -> set[str] | None:
 def by_veneer(model: nn.Module, model_type: str | None = None, **config: Any) -> set[str] | None:
     try:
         matches = match_targets(model, SimpleNamespace(**config), model_type=model_type)
-    except NoMatchingModuleError:
+    except NoMatchingPeftModuleError:
         return None
     return {match.name for match in matches}
 
@@ -343,7 +343,7 @@ def test_parameters_are_peft_s(entries: list[str]) -> None:
     ],
 )
 def test_nothing_matched(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(NoMatchingModuleError, match=message):
+    with pytest.raises(NoMatchingPeftModuleError, match=message):
         match_targets(build("llama"), SimpleNamespace(**config))
 
 
@@ -358,7 +358,7 @@ def test_other_errors() -> None:
         TargetSpec.from_config(SimpleNamespace(layers_to_transform=["1"]))
     with pytest.raises(ValueError, match="not both"):
         TargetSpec.from_config(SimpleNamespace(layers="even", layers_to_transform=[1]))
-    with pytest.raises(NoMatchingModuleError, match=r"'gate_proj' matches nothing; did you mean 'gate_up_proj'"):
+    with pytest.raises(NoMatchingPeftModuleError, match=r"'gate_proj' matches nothing; did you mean 'gate_up_proj'"):
         match_parameters(build("mixtral"), ["down_proj", "gate_proj"])
     with pytest.raises(ValueError, match=r"model.norm.weight \(16, matched by 'model.norm.weight'\) has 1 dim"):
         match_parameters(build("mixtral"), ["model.norm.weight"])
@@ -369,7 +369,7 @@ def test_other_errors() -> None:
 def test_allow_unmatched_needs_one_match() -> None:
     config = SimpleNamespace(target_modules=["q_proj", "nope"], **LENIENT)
     assert {match.pattern for match in match_targets(build("llama"), config)} == {"q_proj"}
-    with pytest.raises(NoMatchingModuleError):
+    with pytest.raises(NoMatchingPeftModuleError):
         match_targets(build("llama"), SimpleNamespace(target_modules=["no", "nope"], **LENIENT))
     assert len(match_parameters(build("mixtral"), ["down_proj", "nope"], allow_unmatched=True)) == 3
 

@@ -59,7 +59,7 @@ def test_every_method_with_a_delta_becomes_lora(case: Case) -> None:
     model.eval()
     torch.manual_seed(5)
     x = case.make_input()
-    layer = next(m for _, m in model.base_model.layers())
+    layer = next(m for _, m in model.base_model.adapted_layers())
     full = min(layer.site.out, layer.site.inp)
     if layer.view("default").method.changes_base(layer.view("default").cfg):
         with pytest.raises(AdapterError, match="changed the base's weights"):
@@ -72,7 +72,7 @@ def test_every_method_with_a_delta_becomes_lora(case: Case) -> None:
     assert veneer.set_peft_model_state_dict(loaded, tensors).ok
     torch.testing.assert_close(loaded.eval()(x), model(x), atol=1e-4, rtol=1e-3)
     low = veneer.convert_to_lora(model, 2)
-    for name, m in model.base_model.layers():
+    for name, m in model.base_model.adapted_layers():
         D = m.delta("default").flatten(1)
         B, A = (low[1][f"base_model.model.{name}.lora_{k}.weight"].flatten(1) for k in "BA")
         if float(D.norm()) > 0:

@@ -260,7 +260,7 @@ def test_eva_gives_ranks_to_what_explains_most_and_drops_the_rest(tmp_path: Path
     made = veneer.get_peft_model(Two(), config)
     found = {"deep": torch.linalg.qr(torch.randn(20, 6))[0].T.contiguous()}  # flat got none
     veneer.initialize_lora_eva_weights(made, eva_state_dict=found)
-    assert [n for n, _ in made.base_model.layers() if "default" in _.entries] == ["deep"]
+    assert [n for n, _ in made.base_model.adapted_layers() if "default" in _.entries] == ["deep"]
     deep = made.base_model.model.deep
     assert torch.equal(deep.lora_A["default"].weight, found["deep"])
     assert deep.scaling["default"] == 2.0

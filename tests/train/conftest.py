@@ -12,7 +12,17 @@ import pytest
 import torch
 from tiny_train import bpe_tokenizer, chat, write_jsonl
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from veneer.train import Recipe, load_recipe
 
@@ -67,6 +77,7 @@ WORDS = [
     "rome",
     "the",
     ".",
+    "[MASK]",
 ]
 
 
@@ -79,7 +90,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -87,6 +98,8 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         unk_token="[UNK]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=64,
     ).save_pretrained(folder)
     config = BertConfig(
@@ -96,6 +109,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         intermediate_size=48,
         max_position_embeddings=64,
+        initializer_range=0.15,  # rows of a frozen base must differ for a head to tell them apart
     )
     BertForMaskedLM(config).save_pretrained(folder)
     return folder
@@ -151,4 +165,44 @@ def wnut17() -> Path:
     folder = Path(root) / "wnut17"
     if not folder.is_dir():
         pytest.skip(f"no WNUT-17 files in {folder}; set VENEER_TEST_DATA to a folder that holds wnut17/")
+    return folder
+
+
+def _seq2seq_tokenizer(folder: Path) -> int:
+    tokenizer = bpe_tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", 2)]
+    )
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer T5."""
+    folder = tmp_path_factory.mktemp("models") / "t5"
+    size = _seq2seq_tokenizer(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=size, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, pad_token_id=0, eos_token_id=2,
+        decoder_start_token_id=0, dropout_rate=0.0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer BART."""
+    folder = tmp_path_factory.mktemp("models") / "bart"
+    size = _seq2seq_tokenizer(folder)
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=size, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=None,
+        dropout=0.0, init_std=0.2,
+    )  # fmt: skip
+    BartForConditionalGeneration(config).save_pretrained(folder)
     return folder

@@ -100,12 +100,12 @@ def test_template_errors_name_the_row(chats: Path, llama: Path) -> None:
 
 
 def test_metric_must_fit(chats: Path, conll: Path, llama: Path, bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="does not fit answers in text"):
+    with pytest.raises(RecipeError, match="does not fit causal-lm"):
         make_plan(chat_recipe(chats, llama, data__test=str(chats), eval__metric="entities"))
     plain = write_jsonl(tmp_path / "plain.jsonl", [chat("one", "red")])
     with pytest.raises(RecipeError, match="is not JSON"):
         make_plan(chat_recipe(plain, llama, data__test=str(plain), eval__metric="json"))
-    with pytest.raises(RecipeError, match="does not fit word labels"):
+    with pytest.raises(RecipeError, match="does not fit token-cls"):
         make_plan(word_recipe(conll, bert, data__test=str(conll), eval__metric="json"))
 
 

@@ -20,7 +20,7 @@ from ..files import SAFE_NAME, write_tensors
 __all__ = ["Result", "Source", "check_new", "common_base", "read_source", "write_folder"]
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "labels.json",
-          "asking.json")  # fmt: skip
+          "asking.json", "task.json")  # fmt: skip
 
 
 @dataclass(frozen=True)

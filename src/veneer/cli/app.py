@@ -12,11 +12,13 @@ from typer.core import TyperGroup
 from veneer.cli.arithmetic import combine, convert, extract, resize
 from veneer.cli.chat import chat
 from veneer.cli.errors import DebugFlag, friendly_errors
+from veneer.cli.evaluate import evaluate
 from veneer.cli.export import export
 from veneer.cli.generate import generate
 from veneer.cli.inspect import diff, inspect
 from veneer.cli.merge import merge
 from veneer.cli.methods import methods
+from veneer.cli.predict import predict
 from veneer.cli.quickstart import quickstart
 from veneer.cli.run_as_peft import NAME, run_as_peft
 from veneer.cli.serve import serve
@@ -71,6 +73,7 @@ for command in (
     train,
     chat,
     generate,
+    predict,
     merge,
     methods,
     inspect,
@@ -83,6 +86,7 @@ for command in (
     serve,
 ):
     app.command()(command)
+app.command("eval")(evaluate)
 
 
 app.command(NAME, context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run_as_peft)

@@ -169,7 +169,7 @@ def _load(model: str, base: str | None) -> Any:
 
     quiet_libraries()
     loaded = load(model, base=base)
-    if loaded.task_type == "TOKEN_CLS":
-        hint = f"It labels words: veneer generate {model} --prompt '...' prints them."
-        raise UserError("this adapter does not write text", where=model, hint=hint)
+    if not loaded.task.writes:
+        hint = f"It was trained for {loaded.purpose.task}: veneer predict {model} --text '...' prints its answers."
+        raise UserError("this model does not chat", where=model, hint=hint)
     return loaded

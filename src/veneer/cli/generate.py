@@ -85,7 +85,7 @@ def generate(
     seed: Seed = None,
     debug: DebugFlag = False,
 ) -> None:
-    """Answer prompts in batches; an adapter for token classification prints its entities."""
+    """Answer prompts in batches; an adapter that does not write prints what it predicts."""
     rows = [{"prompt": text} for text in prompt or []] + (read_prompts(file) if file else [])
     if not rows:
         raise UserError("no prompt", hint="Give --prompt 'text' or --file prompts.jsonl.")
@@ -93,8 +93,12 @@ def generate(
 
     quiet_libraries()
     loaded = load(model, base=base)
-    if loaded.task_type == "TOKEN_CLS":
-        answers: Iterator[Any] = _label(loaded, rows, batch_size)
+    if not loaded.task.writes:
+        from veneer.cli.predict import text_predictions
+
+        recipe = loaded.recipe("--prompt", eval__batch_size=batch_size, eval__max_new_tokens=max_new_tokens)
+        texts = [conversation(row)[-1]["content"] for row in rows]
+        answers: Iterator[Any] = iter(text_predictions(loaded, texts, recipe))
     else:
         from veneer.cli.generation import Sampling, complete
 
@@ -107,13 +111,6 @@ def generate(
             typer.echo(answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False))
     else:
         _write(out, rows, answers)
-
-
-def _label(loaded: Any, rows: list[dict[str, Any]], batch_size: int) -> Iterator[list[dict[str, Any]]]:
-    from veneer.cli.labels import entities
-
-    texts = [conversation(row)[-1]["content"] for row in rows]
-    return entities(loaded.model, loaded.tokenizer, texts, batch_size)
 
 
 def _write(out: Path, rows: list[dict[str, Any]], answers: Iterator[Any]) -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from veneer.train.tasks import TASKS
+
 __all__ = ["FLAGS", "Flag", "as_typed", "with_flags"]
 
 
@@ -28,7 +30,7 @@ _MAIN, _ADAPTER, _TRAIN, _DATA = "Run", "Adapter", "Training", "Data"
 
 FLAGS = (
     Flag("base", "base__name", str, "Base model: a bundled name, a folder, a .gguf file or a hub id.", _MAIN),
-    Flag("task", "task", str, "causal-lm (text and chat) or token-cls (word labels).", _MAIN),
+    Flag("task", "task", str, f"What to train for: {', '.join(TASKS)}.", _MAIN),
     Flag("out", "out", str, "Folder to write; it must not exist yet.", _MAIN),
     Flag("seed", "seed", int, "Random seed.", _MAIN),
     Flag("dtype", "base__dtype", str, "Base weights: float32, bfloat16 or float16.", _MAIN),

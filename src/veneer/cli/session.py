@@ -26,7 +26,6 @@ def run_and_show(recipe: Recipe, console: Console, example_rows: int = 0) -> Run
     Args:
         example_rows: how many training rows to copy into the run's folder, for a newcomer to edit.
     """
-    from veneer.train.asking import asking_of, write_asking
     from veneer.train.card import write_card
     from veneer.train.data import locate
     from veneer.train.loop import run
@@ -41,8 +40,6 @@ def run_and_show(recipe: Recipe, console: Console, example_rows: int = 0) -> Run
     out = Path(result.out)
     write_report(result, out / "report.html", recorder.layers)
     write_card(result, Path(result.adapter_dir) / "README.md")
-    if recipe.task == "causal-lm":
-        write_asking(asking_of(recipe), Path(result.adapter_dir))
     example = copy_rows(locate(recipe.data.train, "train"), short(out), example_rows) if example_rows else None
     show_samples(console, result.samples)
     show_metrics(console, result.before, result.after)
@@ -80,13 +77,18 @@ def program() -> list[str]:
 
 def next_commands(result: RunResult, example: Path | None = None) -> list[tuple[str, str]]:
     """(what it is for, the command as it can be pasted into a shell)."""
+    from veneer.train.tasks import task_class
+
     adapter, out = short(Path(result.adapter_dir)), short(Path(result.out))
     commands: list[tuple[str, list[object]]] = []
-    if result.task == "causal-lm":
+    writes = task_class(result.task).writes
+    if writes:
         commands.append(("talk to it", ["chat", adapter]))
-    if result.samples:
-        prompt = result.samples[0].prompt
-        commands.append(("one answer", ["generate", adapter, "--prompt", prompt]))
+    if result.samples and (writes or ("text",) in task_class(result.task).asks):
+        words = ["generate", adapter, "--prompt"] if writes else ["predict", adapter, "--text"]
+        commands.append(("one answer", [*words, result.samples[0].prompt]))
+    if result.recipe.data.test is not None:
+        commands.append(("its scores on other rows", ["eval", adapter, "--data", result.recipe.data.test]))
     if example is not None:
         own: list[object] = ["train", out / "recipe.yaml", "--data", example, "--split", "0.2"]
         mine = f"{out}-mine"

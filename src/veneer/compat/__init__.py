@@ -1,40 +1,25 @@
-"""veneer under the name `peft`, for libraries that ask for adapters by that name.
+"""veneer under the name `peft`, for scripts and libraries that know adapters by that name.
 
     import veneer.compat
-    veneer.compat.install()      # before transformers is imported
+    veneer.compat.install()      # before anything imports peft, or transformers' Trainer
 
-`import peft` then gives veneer's public names, so transformers' Trainer knows a veneer model as an adapter: checkpoints
-hold the adapter alone, resume and load_best_model_at_end work. Only the top-level names are there so far; modules
-inside peft (`peft.tuners...`) are not.
+`import peft` and every `peft.x.y` that others import then give veneer's own names, whether or not peft is installed,
+with a version and metadata. `python -m veneer.compat script.py ...` runs an unmodified script so; `uninstall()` takes
+it back. Which name stands for which is declared in `veneer.compat.names`.
 """
 
 from __future__ import annotations
 
-import importlib.machinery
 import sys
-from types import ModuleType
 
-import veneer
-
-from ..config import PEFT_FORMAT
 from ..errors import AdapterError
+from .alias import PEFT, AliasFinder, loaded
 
-NAME = "peft"
+__all__ = ["install", "installed", "uninstall"]
 
 
-class _Alias(ModuleType):
-    """The module that stands in `sys.modules`; its names are veneer's."""
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        try:
-            return getattr(veneer, name)
-        except AttributeError:
-            raise AttributeError(f"veneer, standing in for peft, has no {name!r}") from None
-
-    def __dir__(self) -> list[str]:
-        return dir(veneer)
+def installed() -> bool:
+    return any(isinstance(finder, AliasFinder) for finder in sys.meta_path)
 
 
 def install() -> None:
@@ -42,20 +27,24 @@ def install() -> None:
 
     Raises AdapterError where peft itself is imported already, or where transformers has looked for it.
     """
-    held = sys.modules.get(NAME)
-    if isinstance(held, _Alias):
+    if installed():
         return
-    if held is not None:
-        raise AdapterError("peft is imported already; call veneer.compat.install() before anything imports it")
+    if PEFT in sys.modules:
+        where = getattr(sys.modules[PEFT], "__file__", None)
+        raise AdapterError(
+            f"peft is imported already (from {where}), so libraries hold its classes; call veneer.compat.install() "
+            "before anything imports it, or run the script with: python -m veneer.compat script.py"
+        )
     if "transformers.trainer_utils" in sys.modules:
-        raise AdapterError("transformers' Trainer is imported already; call veneer.compat.install() before it")
-    alias = _Alias(NAME, __doc__)
-    alias.__dict__["__version__"] = PEFT_FORMAT
-    alias.__spec__ = importlib.machinery.ModuleSpec(NAME, None)
-    sys.modules[NAME] = alias
+        raise AdapterError(
+            "transformers' Trainer is imported already and has looked for peft; call veneer.compat.install() before "
+            "it, or run the script with: python -m veneer.compat script.py"
+        )
+    sys.meta_path.insert(0, AliasFinder())
 
 
 def uninstall() -> None:
     """Forget the alias. Libraries that imported names through it keep them."""
-    if isinstance(sys.modules.get(NAME), _Alias):
-        del sys.modules[NAME]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, AliasFinder)]
+    for name in loaded():
+        del sys.modules[name]

@@ -181,7 +181,7 @@ def mapped_or_loaded(cls: Any, folder: Path) -> Any:
 
 def _finish(partial: Path, adapter: Path, tokenizer: Any, found: Certificate, base: str) -> None:
     tokenizer.save_pretrained(partial)
-    for name in ("labels.json", "asking.json"):
+    for name in ("labels.json", "asking.json", "task.json"):
         if (adapter / name).is_file():
             shutil.copyfile(adapter / name, partial / name)
     found.write(partial)

@@ -117,7 +117,7 @@ def _layers(model: nn.Module, config: Any, adapter_name: str) -> list[Layer]:
     if tuner is None:
         return [Layer(w.name, w.site.module, w.cfg.r, config.eva_config.rho) for w in wanted(model, config)]
     out = []
-    for name, layer in tuner.layers():
+    for name, layer in tuner.adapted_layers():
         if adapter_name in layer.entries and layer.site.kind == "linear":
             r = layer.entries[adapter_name].cfg.r
             out.append(Layer(name, layer, r, config.eva_config.rho))

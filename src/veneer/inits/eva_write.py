@@ -19,7 +19,7 @@ def write(model: nn.Module, found: dict[str, Tensor], adapter: str, config: Any)
     if tuner is None:
         raise AdapterError(f"{type(model).__name__} holds no adapters; call get_peft_model first")
     found = {name.removeprefix("base_model.model."): A for name, A in found.items()}
-    layers = {n: x for n, x in tuner.layers() if adapter in x.entries and x.site.kind == "linear"}
+    layers = {n: x for n, x in tuner.adapted_layers() if adapter in x.entries and x.site.kind == "linear"}
     unknown = sorted(set(found) - set(layers))
     if unknown:
         raise AdapterError(f"eva_state_dict names {unknown[0]}, and adapter {adapter!r} has no such linear layer")
@@ -35,7 +35,7 @@ def write(model: nn.Module, found: dict[str, Tensor], adapter: str, config: Any)
         else:
             _one(layer, adapter, config, before[name], name, found[name])
     if 0 in ranks.values():  # the file must name the layers that are left
-        config.target_modules = {n for n, x in tuner.layers() if adapter in x.entries}
+        config.target_modules = {n for n, x in tuner.adapted_layers() if adapter in x.entries}
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = config.layers = None
     tuner.host.version += 1
 

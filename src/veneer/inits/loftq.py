@@ -89,7 +89,7 @@ def replace_lora_weights_loftq(
         raise AdapterError(f"no adapter {adapter_name!r} on this {type(peft_model).__name__}")
     originals = _Originals(model_path or _folder_of(tuner.model))
     done = 0
-    for name, layer in tuner.layers():
+    for name, layer in tuner.adapted_layers():
         if adapter_name not in layer.entries or layer.site.kind != "linear":
             continue
         stored = originals.weight(name)

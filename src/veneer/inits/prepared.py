@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -94,13 +95,11 @@ def keep_start(p: View) -> None:
     p.layer.entries[p.name].start = (A.detach().clone(), B.detach().clone())
 
 
-def write_cache(path: str, tensors: dict[str, Tensor]) -> None:
+def write_cache(path: str | os.PathLike, tensors: dict[str, Tensor]) -> None:
     """safetensors for a name that says so, else PyTorch's own format; `files.read_tensors` reads both."""
     out = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    if path.endswith(".safetensors"):
-        write_tensors(path, out)
-    else:
-        write_bin(path, out)
+    path = os.fspath(path)
+    (write_tensors if path.endswith(".safetensors") else write_bin)(path, out)
 
 
 def pattern_key(name: str, names: Iterable[str]) -> str:

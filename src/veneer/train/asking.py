@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from veneer.train.errors import BaseModelError
 
 if TYPE_CHECKING:
-    from veneer.train.recipe import Recipe
+    from collections.abc import Iterator
+
+    from veneer.train.data import Table
 
 __all__ = ["FILE", "Asking", "asking_of", "read_asking", "write_asking"]
 
@@ -30,21 +32,29 @@ class Asking:
     single: bool = False
 
 
-def asking_of(recipe: Recipe) -> Asking:
-    """Read the training rows of a `causal-lm` recipe for how they ask."""
-    from veneer.train.data import load_table
-
-    table = load_table(recipe.data, "train", recipe.task)
-    assert table is not None  # a recipe always names its training data
-    if table.layout.kind != "messages":
+def asking_of(table: Table) -> Asking:
+    """Read training rows of messages, prompts or texts for how they ask."""
+    conversations = [turns for turns in _conversations(table) if turns is not None]
+    if not conversations:
         return Asking(chat=False, single=True)
     systems: set[str | None] = set()
     single = True
-    for turns in table.dataset["messages"]:
+    for turns in conversations:
         first = turns[0]
         systems.add(first["content"] if first["role"] == "system" else None)
         single = single and sum(turn["role"] == "user" for turn in turns) == 1
     return Asking(chat=True, system=systems.pop() if len(systems) == 1 else None, single=single)
+
+
+def _conversations(table: Table) -> Iterator[list[dict[str, str]] | None]:
+    from veneer.train.pairs import are_messages, conversation
+
+    if "chosen" in table.layout.columns:
+        for row in table.dataset:
+            chat = are_messages(row["chosen"]) or are_messages(row.get("prompt"))
+            yield conversation(row, "chosen")[0] if chat else None
+    elif table.layout.kind == "messages":
+        yield from table.dataset["messages"]
 
 
 def write_asking(asking: Asking, folder: Path) -> None:

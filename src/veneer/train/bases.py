@@ -204,30 +204,32 @@ def _backend(tokenizer: Any) -> Any:
 def load_base(
     ref: BaseRef,
     task: str,
-    num_labels: int | None = None,
     id2label: dict[int, str] | None = None,
+    **options: Any,
 ) -> tuple[Any, Any]:
-    """The model for a task, and its tokenizer. the model's ``fresh_modules`` names what the base lacked.
+    """The model for a task, and its tokenizer. The model's ``fresh_modules`` names what the base lacked.
+
+    ``options`` are fields of the model's config, such as num_labels or problem_type.
 
     Raises:
         BaseModelError: the weights cannot be loaded, or a language model has no head of its own.
     """
     import transformers
 
-    from veneer.train.tasks import get_task
+    from veneer.train.tasks import task_class
 
-    tokenizer = load_tokenizer(ref, get_task(task).whole_words)
-    labels: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    kind = task_class(task)
+    tokenizer = load_tokenizer(ref, kind.whole_words)
     if id2label is not None:
-        labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
+        options |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     with _loading(ref):
         source, more = _source(ref)
-        model, info = getattr(transformers, get_task(task).auto_class).from_pretrained(
+        model, info = getattr(transformers, kind.auto_class).from_pretrained(
             source,
             dtype=ref.dtype or "float32",
             output_loading_info=True,
-            ignore_mismatched_sizes=id2label is not None,
-            **labels,
+            ignore_mismatched_sizes=bool({"id2label", "num_labels"} & options.keys()),
+            **options,
             **more,
         )
     model.fresh_modules = _fresh_modules(ref, model, task, info)
@@ -237,18 +239,23 @@ def load_base(
 
 
 def _fresh_modules(ref: BaseRef, model: Any, task: str, info: dict[str, Any]) -> list[str]:
+    """The modules that start from random values; a pooler counts as one where the task's head reads it."""
+    from veneer.train.tasks import task_class
+
     keys = {
         *info["missing_keys"],
         *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]),
     }
-    body = f"{model.base_model_prefix}."
-    lost = sorted(key for key in keys if key.startswith(body))
-    if lost or (keys and task == "causal-lm"):
-        some = ", ".join((lost or sorted(keys))[:4])
+    pooler = {key for key in keys if "pooler" in key.split(".")}
+    headless = model.base_model is model
+    body = {key for key in keys - pooler if headless or key.startswith(f"{model.base_model_prefix}.")}
+    if body or (keys - pooler and not task_class(task).new_head):
+        some = ", ".join(sorted(body or keys)[:4])
         problem = f"{ref.name} lacks weights that {type(model).__name__} needs: {some}"
-        hint = "Choose a base model that was made for this task." if not lost else "The files may be incomplete."
+        hint = "Choose a base model that was made for this task." if not body else "The files may be incomplete."
         raise BaseModelError(problem, hint=hint)
-    return sorted({key.split(".")[0] for key in keys})
+    heads = {key.split(".")[0] for key in keys - pooler}
+    return sorted(heads if headless or not pooler else {*heads, "pooler"})
 
 
 #: tokens that common vocabularies keep for padding, or that no answer holds

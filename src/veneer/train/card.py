@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from veneer.train.report import flatten, human_count, human_seconds, metric_rows
+from veneer.train.tasks import task_class
 from veneer.version import __version__
 
 if TYPE_CHECKING:
@@ -21,14 +22,12 @@ __all__ = ["LICENCES", "render_card", "write_card"]
 #: licences of the bundled base models, by bundled name
 LICENCES = {"smollm2-135m-instruct": "apache-2.0", "minilm-l6": "apache-2.0"}
 
-_PIPELINES = {"causal-lm": "text-generation", "token-cls": "token-classification"}
-
 
 def _front_matter(recipe: Recipe) -> str:
     fields = {
         "base_model": recipe.base.name,
         "library_name": "peft",
-        "pipeline_tag": _PIPELINES.get(recipe.task),
+        "pipeline_tag": task_class(recipe.task).pipeline,
         "license": LICENCES.get(recipe.base.name.lower()),
         "tags": ["veneer", "peft", recipe.adapter.method],
     }
@@ -48,8 +47,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _usage(recipe: Recipe) -> str:
-    chat = recipe.task == "causal-lm"
-    command = "veneer chat ." if chat else "veneer generate . --prompt 'some text'"
+    kind = task_class(recipe.task)
+    predict = "--text 'some text'" if any(len(ask) == 1 for ask in kind.asks) else "--file rows.jsonl"
+    command = "veneer chat ." if kind.writes else f"veneer predict . {predict}"
     return f"""In this folder:
 
 ```sh

@@ -93,8 +93,9 @@ def line_chart(
     height: int = 170,
     unit: str = "",
     from_zero: bool = False,
+    x_name: str = "step",
 ) -> Markup:
-    """An SVG chart over the training step; an empty string when no series has a finite point."""
+    """An SVG chart over the training step, or what x_name says; an empty string when no series has a finite point."""
     kept = [Series(s.name, s.css, sample_evenly([p for p in s.points if math.isfinite(p[1])])) for s in series]
     kept = [s for s in kept if s.points]
     if not kept:
@@ -113,7 +114,7 @@ def line_chart(
 
     parts = [Markup('<svg class="chart" viewBox="0 0 {} {}" role="img">').format(width, height)]
     parts.append(Markup("<title>{}</title>").format(title))
-    parts += _axes(px, py, ticks(x0, x1, width // 85), ticks(y0, y1, height // 45), (width, height))
+    parts += _axes(px, py, ticks(x0, x1, width // 85), ticks(y0, y1, height // 45), (width, height), x_name)
     data = []
     for s in kept:
         pixels = [(px(x), py(y)) for x, y in s.points]
@@ -125,7 +126,16 @@ def line_chart(
         data.append({"name": s.name, "css": s.css, "points": [[x, _short(y)] for x, y in s.points]})
     parts.append(Markup('<line class="cursor" y1="{}" y2="{}"/>').format(TOP, height - BOTTOM))
     parts.append(Markup("</svg>"))
-    frame = {"x0": x0, "x1": x1, "left": LEFT, "right": RIGHT, "width": width, "unit": unit, "series": data}
+    frame = {
+        "x0": x0,
+        "x1": x1,
+        "left": LEFT,
+        "right": RIGHT,
+        "width": width,
+        "unit": unit,
+        "x": x_name,
+        "series": data,
+    }
     body = Markup("").join(parts)
     return Markup('<div class="plot" data-plot="{}">{}<div class="tip" hidden></div></div>').format(
         json.dumps(frame, separators=(",", ":")), body
@@ -142,6 +152,7 @@ def _axes(
     x_ticks: list[float],
     y_ticks: list[float],
     size: tuple[int, int],
+    x_name: str,
 ) -> list[Markup]:
     width, height = size
     grid = Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>')
@@ -152,7 +163,7 @@ def _axes(
         parts.append(label.format("y", LEFT - 7, py(y) + 3.5, tick_label(y)))
     for x in (x for x in x_ticks if float(x).is_integer()):
         parts.append(label.format("x", px(x), height - BOTTOM + 16, f"{int(x)}"))
-    parts.append(label.format("x name", width - RIGHT, height - 2, "step"))
+    parts.append(label.format("x name", width - RIGHT, height - 2, x_name))
     return parts
 
 

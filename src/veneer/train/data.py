@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.errors import DataError, nearest
-from veneer.train.readers import FORMATS, head, read_rows
+from veneer.train.readers import FORMATS, Row, head, read_rows, rows_with_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -19,11 +19,14 @@ __all__ = [
     "SHIPPED",
     "Layout",
     "Table",
+    "asked_table",
     "check_columns",
+    "choose_layout",
     "find_layout",
     "load_table",
     "load_tables",
     "locate",
+    "read_chunks",
 ]
 
 #: sets that come with the package: name -> path of a split under the package's data folder
@@ -118,31 +121,60 @@ def _conll_columns(spec: DataSpec, fmt: str) -> dict[str, int]:
     return {name: value for name, value in columns.items() if isinstance(value, int)}
 
 
-def find_layout(spec: DataSpec, task: str, path: Path, fmt: str) -> Layout:
+def find_layout(spec: DataSpec, task: str, path: Path, fmt: str, asks: bool = False) -> Layout:
     """Which columns of a file the task reads, from the recipe or by their usual names; reads the file's head.
+
+    With ``asks`` those it needs to predict: none that holds what is expected.
 
     Raises:
         DataError: a named column is missing, or none of the task's layouts is there.
     """
+    have = head(path, fmt, **_conll_columns(spec, fmt))
+    return choose_layout(spec, task, path, have, asks)
+
+
+def choose_layout(spec: DataSpec, task: str, path: Path, have: Sequence[str], asks: bool = False) -> Layout:
+    """As `find_layout`, from the names of the columns."""
     from veneer.train.tasks import get_task
 
-    layouts = get_task(task).layouts
-    have = head(path, fmt, **_conll_columns(spec, fmt))
-    roles = dict.fromkeys(role for layout in layouts for role in layout)
-    named = {role: getattr(spec, role) for role in roles if isinstance(getattr(spec, role), str)}
-    for role, column in named.items():
+    kind = get_task(task)
+    layouts = kind.asks if asks else kind.layouts
+    roles = list(dict.fromkeys(role for layout in (*kind.layouts, *layouts) for role in layout))
+    named = _named_columns(spec, roles)
+    if asks:  # columns with what is expected are not needed, and may be missing
+        asked = {role for layout in layouts for role in layout}
+        named = {role: place for role, place in named.items() if role in asked and place[1] in have}
+    for key, column in named.values():
         if column not in have:
             hint = f"The columns are {', '.join(have)}."
             problem = f"no column {column!r} in {path}"
-            raise DataError(problem, key=f"data.{role}", near=nearest(column, have), hint=hint)
+            raise DataError(problem, key=key, near=nearest(column, have), hint=hint)
+    found = {role: _usual(role, kind.aliases.get(role, ()), have) for role in roles}
+    found |= {role: column for role, (_, column) in named.items()}
     for layout in layouts:
-        columns = {role: named.get(role, role) for role in layout}
+        columns = {role: found[role] for role in layout}
         if named.keys() <= columns.keys() and all(column in have for column in columns.values()):
             return Layout("+".join(layout), columns)
     wanted = ", or ".join(" and ".join(f"`{role}`" for role in layout) for layout in layouts)
     first = layouts[-1][0]
-    hint = f"{task} reads {wanted}; say which columns they are, for example `data.{first}: {have[0]}`."
+    example = f"data.{first}: {have[0]}" if first in type(spec).model_fields else f"data.columns.{first}: {have[0]}"
+    hint = f"{task} reads {wanted}; say which columns they are, for example `{example}`."
     raise DataError(f"the columns are {', '.join(have)}", file=path, line=None, hint=hint)
+
+
+def _named_columns(spec: DataSpec, roles: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The columns that a recipe names: role -> (its key in the recipe, the column)."""
+    for role in spec.columns:
+        if role not in roles:
+            near, hint = nearest(role, roles), f"The task reads {', '.join(roles)}."
+            raise DataError(f"{role!r} is not read", key=f"data.columns.{role}", near=near, hint=hint)
+    fields = {role: getattr(spec, role) for role in roles if role in type(spec).model_fields}
+    named = {role: (f"data.{role}", column) for role, column in fields.items() if isinstance(column, str)}
+    return named | {role: (f"data.columns.{role}", column) for role, column in spec.columns.items()}
+
+
+def _usual(role: str, aliases: Sequence[str], have: Sequence[str]) -> str:
+    return next((name for name in (role, *aliases) if name in have), role)
 
 
 def check_columns(spec: DataSpec, split: str, task: str) -> None:
@@ -189,6 +221,47 @@ def load_table(spec: DataSpec, split: str, task: str) -> Table | None:
         raise DataError(f"the rows do not agree on their types: {error}", file=path) from error
 
 
+def read_chunks(spec: DataSpec, task: str, path: Path, size: int) -> Iterator[tuple[Table, list[Row]]]:
+    """Rows that are to be predicted, ``size`` at a time: checked under their role names, and as they stand.
+
+    Raises:
+        DataError: with the file, the line or row, and the reason.
+    """
+    fmt = _format(spec, path)
+    rows: list[Row] = []
+    lines: list[int] = []
+    layout: Layout | None = None
+    done = 0
+    for line, row in rows_with_lines(path, fmt, **_conll_columns(spec, fmt)):
+        layout = layout or choose_layout(spec, task, path, list(row), asks=True)
+        rows.append(row)
+        lines += [] if line is None else [line]
+        if len(rows) == size:
+            yield asked_table(task, path, layout, rows, lines or None, done), rows
+            done, rows, lines = done + len(rows), [], []
+    if rows and layout is not None:
+        yield asked_table(task, path, layout, rows, lines or None, done), rows
+
+
+def asked_table(
+    task: str, path: Path, layout: Layout, rows: Sequence[Row], lines: Sequence[int] | None, before: int = 0
+) -> Table:
+    """Rows that are to be predicted as a table; ``before`` is how many came before them in the file."""
+    import datasets
+
+    from veneer.train.tasks import get_task
+
+    check, kept = get_task(task).check_ask, []
+    for number, row in enumerate(rows):
+        picked = {role: row.get(column) for role, column in layout.columns.items()}
+        problem = next((_missing(column, row) for column in layout.columns.values() if row.get(column) is None), "")
+        problem = problem or check(layout, picked)
+        if problem:
+            raise _row_error(path, lines, number if lines else before + number, problem)
+        kept.append(picked)
+    return Table(path, layout, datasets.Dataset.from_list(kept), lines)
+
+
 def _missing(column: str, row: dict[str, Any]) -> str:
     return f"{column!r} is null" if column in row else f"no {column!r}; the row has {', '.join(map(repr, row))}"
 
@@ -212,8 +285,3 @@ def load_tables(spec: DataSpec, task: str, seed: int) -> tuple[Table, Table | No
     order = list(range(len(train)))
     random.Random(seed).shuffle(order)
     return train.select(sorted(order[held_out:])), train.select(sorted(order[:held_out]))
-
-
-def is_text(value: Any) -> bool:
-    """Whether a value is text with something in it."""
-    return isinstance(value, str) and bool(value.strip())

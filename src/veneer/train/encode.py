@@ -13,6 +13,7 @@ __all__ = [
     "chat_pieces",
     "encode_marked",
     "encode_pieces",
+    "framing",
     "has_markers",
     "render",
 ]
@@ -121,7 +122,7 @@ def encode_pieces(tokenizer: Any, rows: Sequence[Sequence[Piece]], chat: bool) -
         joined = [piece.text for piece in pieces]
         texts += ["".join(joined[: count + 1]) for count in range(len(joined))]
     ids = iter(_tokenise(tokenizer, texts))
-    bos = [] if chat else _leading(tokenizer)
+    bos = [] if chat else framing(tokenizer)[0]
     special = set(tokenizer.all_special_ids)
     return [_assemble(tokenizer, pieces, [next(ids) for _ in pieces], bos, special, chat=chat) for pieces in rows]
 
@@ -132,10 +133,13 @@ def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _leading(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts before a text (a BOS, or none)."""
+def framing(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before a text and after it."""
     ids, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    return [] if not plain or plain[0] not in ids else ids[: ids.index(plain[0])]
+    if not plain or plain[0] not in ids:
+        return [], []
+    start = ids.index(plain[0])
+    return ids[:start], ids[start + len(plain) :]
 
 
 def _assemble(

@@ -1,7 +1,8 @@
-"""Greedy answers to many prompts: sorted by length, batched, padded on the left, with a key/value cache."""
+"""Answers to many prompts: sorted by length, batched, padded (on the left for decoders), with a key/value cache."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from veneer.train.collate import pad_batch
 
-__all__ = ["evaluating", "greedy"]
+__all__ = ["evaluating", "greedy", "translate"]
 
 
 @contextmanager
@@ -57,4 +58,25 @@ def greedy(
             for index, row in zip(part, out[:, ids.shape[1] :].tolist()):
                 end = next((place for place, token in enumerate(row) if token in stops), len(row))
                 answers[index] = row[:end]
+    return answers
+
+
+def translate(
+    model: Any, sources: Sequence[Sequence[int]], pad: int, max_new_tokens: int, num_beams: int, batch_size: int
+) -> list[list[int]]:
+    """What an encoder-decoder writes for each source, by greedy or beam search, special tokens included."""
+    config = copy.deepcopy(model.generation_config)  # the decoder's first token, and tokens a model forces
+    config.update(max_new_tokens=max_new_tokens, max_length=None, num_beams=num_beams, do_sample=False)
+    config.pad_token_id = pad
+    device = next(model.parameters()).device
+    order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
+    answers: list[list[int]] = [[] for _ in sources]
+    with evaluating(model):
+        for first in range(0, len(order), batch_size):
+            part = order[first : first + batch_size]
+            ids = pad_batch([sources[index] for index in part], pad).to(device)
+            mask = pad_batch([[1] * len(sources[index]) for index in part], 0).to(device)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            for index, row in zip(part, out.tolist(), strict=True):
+                answers[index] = row
     return answers

@@ -16,6 +16,7 @@ from veneer.train.bases import BaseRef, load_base, load_config, load_tokenizer, 
 from veneer.train.checks import check_recipe
 from veneer.train.data import load_tables
 from veneer.train.errors import DataError
+from veneer.train.purpose import purpose_of, write_purpose
 from veneer.train.recipe import Recipe
 from veneer.train.result import RunResult, Sample, describe_machine, whole_folder, write_result
 from veneer.train.tasks import Outcome, Plan, Task, task_class, task_of
@@ -124,10 +125,11 @@ def _train(
     model, tokenizer = load_base(parts.ref, recipe.task, **_model_options(plan))
     _pad(model, tokenizer, parts, console)
     model.to(args.device)
+    task.check_model(model, plan)
     before = _measure(recipe, parts, model, tokenizer, console, "the base model")
     transformers.set_seed(recipe.seed)
-    config = _adapter_config(recipe, model, parts.ref)
-    collate = task.collator(tokenizer, 1 if args.device.type == "cpu" else 8)
+    config = _adapter_config(recipe, model, parts)
+    collate = task.collator(tokenizer, 1 if args.device.type == "cpu" else 8, recipe.seed)
     try:
         initial.prepare(model, config, task, plan.train, collate, args, console is not None)
         model = get_peft_model(model, config)
@@ -145,7 +147,7 @@ def _train(
         trainer.train()
     seconds = time.monotonic() - start
     after = _measure(recipe, parts, model, tokenizer, console, "the tuned model")
-    _save_adapter(model, tokenizer, plan, folder)
+    _save_adapter(recipe, model, tokenizer, plan, folder)
     return RunResult(
         out=str(out),
         task=recipe.task,
@@ -191,17 +193,20 @@ def _measure(recipe: Recipe, parts: _Parts, model: Any, tokenizer: Any, console:
     return parts.task.evaluate(model, tokenizer, parts.plan, recipe)
 
 
-def _adapter_config(recipe: Recipe, model: Any, ref: BaseRef) -> Any:
+def _adapter_config(recipe: Recipe, model: Any, parts: _Parts) -> Any:
     """The adapter's config; a head that the base did not hold is trained and saved with it."""
     cls = fields.config_class(recipe.adapter.method)
     assert cls is not None  # check_recipe has seen it
     config = cls(**recipe.adapter.options, task_type=task_class(recipe.task).task_type)
-    config.base_model_name_or_path, config.revision = ref.name, ref.revision
+    config.base_model_name_or_path, config.revision = parts.ref.name, parts.ref.revision
     if model.fresh_modules and "modules_to_save" in {field.name for field in dataclasses.fields(cls)}:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *model.fresh_modules})
     if recipe.merge and config.is_prompt_learning:
         problem = f"{recipe.adapter.method} adds virtual tokens and cannot be merged into the weights"
         raise recipe.error("merge", problem=problem, hint="Set `merge: false`.")
+    if config.is_prompt_learning and "position_ids" in parts.plan.train.column_names:
+        problem = f"{recipe.adapter.method} puts virtual tokens before a row, and packed rows have other rows there"
+        raise recipe.error("options", "packing", problem=problem, hint="Set `options.packing: none`.")
     return config
 
 
@@ -239,14 +244,21 @@ def _samples(recipe: Recipe, plan: Plan, before: Outcome, after: Outcome) -> lis
     ]
 
 
-def _save_adapter(model: Any, tokenizer: Any, plan: Plan, folder: Path) -> None:
+def _save_adapter(recipe: Recipe, model: Any, tokenizer: Any, plan: Plan, folder: Path) -> None:
+    """The adapter, its tokenizer, and what use must know: the task, the labels, how answers were asked for."""
     import json
 
-    model.save_pretrained(str(folder / "adapter"))
-    tokenizer.save_pretrained(str(folder / "adapter"))
+    from veneer.train.asking import write_asking
+
+    adapter = folder / "adapter"
+    model.save_pretrained(str(adapter))
+    tokenizer.save_pretrained(str(adapter))
+    write_purpose(purpose_of(recipe, plan), adapter)
     if plan.label_names is not None:
         labels = json.dumps(plan.label_names, ensure_ascii=False)
-        (folder / "adapter" / "labels.json").write_text(labels + "\n", encoding="utf-8")
+        (adapter / "labels.json").write_text(labels + "\n", encoding="utf-8")
+    if plan.asking is not None:
+        write_asking(plan.asking, adapter)
     checkpoints = folder / "checkpoints"
     if checkpoints.is_dir() and not any(checkpoints.iterdir()):
         checkpoints.rmdir()
@@ -265,4 +277,5 @@ def _merge(recipe: Recipe, model: Any, tokenizer: Any, folder: Path, parts: _Par
     with quiet():
         merged.save_pretrained(str(folder / "merged"))
     tokenizer.save_pretrained(str(folder / "merged"))
+    write_purpose(purpose_of(recipe, parts.plan), folder / "merged")
     return True

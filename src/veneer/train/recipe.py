@@ -23,6 +23,7 @@ __all__ = [
     "EvalSpec",
     "Recipe",
     "RecipeError",
+    "build_recipe",
     "load_recipe",
 ]
 
@@ -87,7 +88,7 @@ class EvalSpec(_Section):
 
     generate: bool = True
     max_new_tokens: int | None = Field(default=None, ge=1)
-    metric: Literal["auto", "json", "exact", "entities", "accuracy"] = "auto"
+    metric: Literal["auto", "json", "exact", "translation", "summarization", "entities", "accuracy"] = "auto"
     batch_size: int = Field(default=32, ge=1)
     limit: int | None = Field(default=None, ge=1)
     samples: int = Field(default=8, ge=0)
@@ -146,6 +147,22 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = (), *
         RecipeError: with the file, the line and the nearest valid name.
     """
     data, source = ({}, Source()) if path is None else read_yaml(Path(path))
+    from veneer.train.checks import check_recipe
+
+    recipe = build_recipe(data, overrides, flags, source)
+    check_recipe(recipe)
+    return recipe
+
+
+def build_recipe(
+    data: dict[str, Any], overrides: Sequence[str], flags: dict[str, Any], source: Source | None = None
+) -> Recipe:
+    """A recipe from plain values, unchecked but for its form.
+
+    Raises:
+        RecipeError: unknown keys and values of wrong types.
+    """
+    source = source or Source()
     for override in overrides:
         apply_override(data, source, override)
     merge_flags(data, source, flags)
@@ -153,10 +170,7 @@ def load_recipe(path: str | Path | None = None, overrides: Sequence[str] = (), *
         recipe = Recipe.model_validate(data)
     except pydantic.ValidationError as error:
         raise _first_problem(error, source) from None
-    from veneer.train.checks import check_recipe
-
     recipe._source = source
-    check_recipe(recipe)
     return recipe
 
 

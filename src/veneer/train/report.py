@@ -80,6 +80,8 @@ def lower_is_better(name: str) -> bool:
 
 def is_share(name: str, *values: float) -> bool:
     """Whether a metric is a fraction of a whole, to be shown in per cent."""
+    if re.search(r"margin|reward", name) and "accuracy" not in name:
+        return False
     return not lower_is_better(name) and all(0 <= v <= 1 for v in values) and not is_count(name)
 
 

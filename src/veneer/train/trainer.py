@@ -52,7 +52,7 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
         "output_dir": folder,
         "seed": recipe.seed,
         "remove_unused_columns": False,
-        "label_names": ["labels"],
+        "label_names": list(task_class(recipe.task).label_columns),
     }
     try:
         return TrainingArguments(**options, **owned)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from veneer.train import metrics
-from veneer.train.data import Layout, Table, is_text
+from veneer.train import text_scores
+from veneer.train.asking import asking_of
+from veneer.train.data import Layout, Table
 from veneer.train.encode import (
     IGNORE,
     Encoded,
@@ -17,67 +19,102 @@ from veneer.train.encode import (
     encode_pieces,
     has_markers,
 )
-from veneer.train.errors import DataError, RecipeError
-from veneer.train.tasks.base import Outcome, Plan
+from veneer.train.errors import DataError
+from veneer.train.tasks.base import Outcome, Plan, Task, prompt_problem, text_problem, token_limit
 
 if TYPE_CHECKING:
     import torch
 
-    from veneer.train.recipe import EvalSpec, Recipe
+    from veneer.train.recipe import Recipe
 
-__all__ = ["CausalLM"]
+__all__ = ["CausalLM", "CausalLMOptions"]
 
 _BATCH = 1000
 
 
-class CausalLM:
+@dataclass
+class CausalLMOptions:
+    """packing: `chunk` puts texts one after the other and cuts them every `data.max_length` tokens (continued
+    pre-training); `pack` puts whole rows side by side up to that length, and no row sees another. train_on_prompt:
+    learn the prompts too, not the answers alone.
+    """
+
+    packing: Literal["none", "chunk", "pack"] = "none"
+    train_on_prompt: bool = False
+
+
+class CausalLM(Task):
     """Next-token prediction; loss on the assistant's turns, on the completion, or on the whole text."""
 
     name: ClassVar[str] = "causal-lm"
     task_type: ClassVar[str] = "CAUSAL_LM"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (("messages",), ("prompt", "completion"), ("text",))
+    pipeline: ClassVar[str] = "text-generation"
     train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 2e-4, "per_device_train_batch_size": 8}
-    whole_words: ClassVar[bool] = False
+    metrics: ClassVar[tuple[str, ...]] = text_scores.CHOICES
     predicts_next: ClassVar[bool] = True
+    new_head: ClassVar[bool] = False
+    writes: ClassVar[bool] = True
+    asks: ClassVar[tuple[tuple[str, ...], ...]] = (("messages",), ("prompt",), ("text",))
+    Options: ClassVar[type] = CausalLMOptions
 
     def check_row(self, layout: Layout, row: dict[str, Any]) -> str:
         """What is wrong with a row, or an empty string."""
         if layout.kind == "messages":
             return _check_messages(row["messages"])
-        for role, value in row.items():
-            if not is_text(value):
-                what = "is empty" if isinstance(value, str) else f"is {type(value).__name__}, expected text"
-                return f"{layout.columns[role]!r} {what}"
-        return ""
+        return text_problem(layout, row, *layout.columns)
 
-    def plan(self, recipe: Recipe, train: Table, test: Table | None, tokenizer: Any, config: Any) -> Plan:
+    def check_ask(self, layout: Layout, row: dict[str, Any]) -> str:
+        """What is wrong with a prompt, or an empty string."""
+        return prompt_problem(layout, row)
+
+    def plan_train(self, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Plan:
         """Tokens and labels of every row, and the prompts and answers of the test rows."""
-        limit = min(recipe.data.max_length, tokenizer.model_max_length, _positions(config))
-        rows = list(_encode(train, tokenizer))
-        plan = Plan(train=_dataset(rows, train, limit), stop_ids=set().union(*(row.stops for row in rows)))
+        limit = token_limit(recipe, tokenizer, config)
+        if self.options.packing == "chunk" and train.layout.kind != "text":
+            hint = "Set `options.packing: pack`, or train on a `text` column."
+            problem = f"`chunk` cuts texts, and the rows have {train.layout.kind}"
+            raise recipe.error("options", "packing", problem=problem, hint=hint)
+        rows = list(self._encode(train, tokenizer))
+        plan = Plan(train=self._dataset(rows, train, limit), stop_ids=set().union(*(row.stops for row in rows)))
+        plan.asking = asking_of(train)
         cut = sum(len(row.input_ids) > limit for row in rows)
-        if cut:
+        if self.options.packing != "none":
+            plan.notes.append(_packed(plan.train, rows, limit))
+        if cut and self.options.packing != "chunk":
             plan.notes.append(f"{cut} of {len(rows)} training rows are cut to {limit} tokens.")
         if tokenizer.eos_token_id is None:
             plan.notes.append("The tokenizer has no end-of-text token: the model does not learn to stop.")
-        if test is None:
-            return plan
-        test = test if recipe.eval.limit is None else test.select(range(min(recipe.eval.limit, len(test))))
-        tests = list(_encode(test, tokenizer))
-        plan.test = _dataset(tests, test, limit)
+        return plan
+
+    def plan_test(self, plan: Plan, recipe: Recipe, test: Table, tokenizer: Any, config: Any) -> None:
+        """Tokens of the test rows, and their prompts and answers."""
+        limit = token_limit(recipe, tokenizer, config)
+        tests = list(self._encode(test, tokenizer))
+        plan.test = self._dataset(tests, test, limit, whole=self.options.packing != "chunk")
         if test.layout.kind != "text" and recipe.eval.generate:
             plan.examples = [_example(test, row) for row in range(len(test))]
             plan.targets = [row.input_ids[: row.prompt] for row in tests]
             plan.stop_ids |= set().union(*(row.stops for row in tests))
-            _check_metric(recipe.eval, plan)
-        return plan
+            text_scores.check_metric(recipe.eval, [answer for _, answer in plan.examples])
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None) -> torch.Tensor:
         """The model's own loss, with logits at the labels alone."""
         from veneer.train.loss import labelled_loss
 
-        return labelled_loss(model, batch, items)
+        return labelled_loss(model, _unmasked(batch), items)
+
+    def logits(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The scores of every token."""
+        return super().logits(model, _unmasked(batch))
+
+    def check_model(self, model: torch.nn.Module, plan: Plan) -> None:
+        """Packed rows must not see each other."""
+        if "position_ids" in plan.train.column_names:
+            from veneer.train.packing import check_packing
+
+            check_packing(model)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """Loss on the test rows, and greedy answers to their prompts scored against what was expected."""
@@ -97,23 +134,48 @@ class CausalLM:
             batch_size=recipe.eval.batch_size,
         )
         texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        score = metrics.json_scores if _metric(recipe.eval, expected) == "json" else metrics.exact_scores
-        found, correct = score(expected, texts)
+        found, correct = text_scores.answer_scores(recipe.eval.metric, expected, texts)
         return Outcome(found | scores, texts, correct)
+
+    def _encode(self, table: Table, tokenizer: Any) -> Iterator[Encoded]:
+        for first in range(0, len(table), _BATCH):
+            for row in _encode_batch(table, tokenizer, table.dataset[first : first + _BATCH], first):
+                if self.options.train_on_prompt:
+                    row.labels = [IGNORE, *row.input_ids[1:]]
+                yield row
+
+    def _dataset(self, rows: Sequence[Encoded], table: Table, limit: int, whole: bool = False) -> Any:
+        """The rows cut to ``limit`` tokens, and packed unless they are to stay ``whole``.
+
+        Raises:
+            DataError: rows that keep no label.
+        """
+        import datasets
+
+        from veneer.train import packing
+
+        if self.options.packing == "chunk" and not whole:
+            _check_labels(table, rows, [row.labels for row in rows], limit)
+            pairs = packing.chunk([(row.input_ids, row.labels) for row in rows], limit)
+        else:
+            pairs = [(row.input_ids[:limit], row.labels[:limit]) for row in rows]
+            _check_labels(table, rows, [labels for _, labels in pairs], limit)
+        if self.options.packing == "pack" and not whole:
+            return datasets.Dataset.from_dict(packing.pack(pairs, limit))
+        ids, labels = [row for row, _ in pairs], [row for _, row in pairs]
+        return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]})
 
     def _test_loss(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, batch_size: int) -> float:
         import torch
 
-        from veneer.train.collate import Collator
+        from veneer.train.collate import Collator, batches
         from veneer.train.generate import evaluating
 
         assert plan.test is not None
-        rows = sorted(plan.test.to_list(), key=lambda row: row["length"])
-        collate, device = Collator(tokenizer.pad_token_id), next(model.parameters()).device
+        device = next(model.parameters()).device
         total, count = 0.0, 0
         with evaluating(model):
-            for first in range(0, len(rows), batch_size):
-                batch = {key: value.to(device) for key, value in collate(rows[first : first + batch_size]).items()}
+            for _, batch in batches(plan.test, Collator(tokenizer.pad_token_id), batch_size, device):
                 total += float(self.loss(model, batch, torch.tensor(1.0, device=device)))
                 count += int((batch["labels"][:, 1:] != IGNORE).sum())
         return total / count
@@ -135,22 +197,14 @@ def _check_messages(messages: Any) -> str:
     return ""
 
 
-def _positions(config: Any) -> int:
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else 1 << 30
-
-
-def _encode(table: Table, tokenizer: Any) -> Iterator[Encoded]:
-    for first in range(0, len(table), _BATCH):
-        batch = table.dataset[first : first + _BATCH]
-        if table.layout.kind == "messages":
-            yield from _encode_chats(table, tokenizer, batch["messages"], first)
-        elif table.layout.kind == "text":
-            yield from encode_pieces(tokenizer, [[Piece(text, True)] for text in batch["text"]], chat=False)
-        else:
-            pairs = zip(batch["prompt"], batch["completion"], strict=True)
-            rows = [[Piece(prompt, False), Piece(completion, True)] for prompt, completion in pairs]
-            yield from encode_pieces(tokenizer, rows, chat=False)
+def _encode_batch(table: Table, tokenizer: Any, batch: dict[str, Any], first: int) -> list[Encoded]:
+    if table.layout.kind == "messages":
+        return _encode_chats(table, tokenizer, batch["messages"], first)
+    if table.layout.kind == "text":
+        return encode_pieces(tokenizer, [[Piece(text, True)] for text in batch["text"]], chat=False)
+    pairs = zip(batch["prompt"], batch["completion"], strict=True)
+    rows = [[Piece(prompt, False), Piece(completion, True)] for prompt, completion in pairs]
+    return encode_pieces(tokenizer, rows, chat=False)
 
 
 def _encode_chats(table: Table, tokenizer: Any, chats: Sequence[Any], first: int) -> list[Encoded]:
@@ -169,27 +223,31 @@ def _encode_chats(table: Table, tokenizer: Any, chats: Sequence[Any], first: int
     return found if has_markers(tokenizer) else encode_pieces(tokenizer, found, chat=True)
 
 
-def _dataset(rows: Sequence[Encoded], table: Table, limit: int) -> Any:
-    """The rows cut to ``limit`` tokens.
-
-    Raises:
-        DataError: rows that keep no label.
-    """
-    import datasets
-
-    labels = [row.labels[:limit] for row in rows]
+def _check_labels(table: Table, rows: Sequence[Encoded], labels: Sequence[Sequence[int]], limit: int) -> None:
     empty = [index for index, row in enumerate(labels) if all(label == IGNORE for label in row)]
-    if empty:
-        longest = max(len(rows[index].input_ids) for index in empty)
-        more = f" ({len(empty)} rows in all)" if len(empty) > 1 else ""
-        if longest > limit:
-            problem = f"nothing to learn is left after cutting to {limit} tokens{more}"
-            hint = f"Raise `data.max_length` (the longest of these has {longest} tokens) or shorten the prompts."
-        else:
-            problem, hint = f"no token to learn{more}", "Give each row an answer, or two tokens of text."
-        raise table.error(empty[0], problem, hint)
-    ids = [row.input_ids[:limit] for row in rows]
-    return datasets.Dataset.from_dict({"input_ids": ids, "labels": labels, "length": [len(row) for row in ids]})
+    if not empty:
+        return
+    longest = max(len(rows[index].input_ids) for index in empty)
+    more = f" ({len(empty)} rows in all)" if len(empty) > 1 else ""
+    if longest > limit:
+        problem = f"nothing to learn is left after cutting to {limit} tokens{more}"
+        hint = f"Raise `data.max_length` (the longest of these has {longest} tokens) or shorten the prompts."
+    else:
+        problem, hint = f"no token to learn{more}", "Give each row an answer, or two tokens of text."
+    raise table.error(empty[0], problem, hint)
+
+
+def _packed(dataset: Any, rows: Sequence[Encoded], limit: int) -> str:
+    tokens = sum(dataset["length"])
+    share = 100 * tokens / (len(dataset) * max(dataset["length"]))
+    return f"{len(rows)} training rows make {len(dataset)} of up to {limit} tokens, {share:.0f} % full."
+
+
+def _unmasked(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A packed batch without its mask: the positions say which tokens belong together."""
+    if "position_ids" not in batch:
+        return batch
+    return {key: value for key, value in batch.items() if key != "attention_mask"} | {"use_cache": False}
 
 
 def _example(table: Table, number: int) -> tuple[str, str]:
@@ -200,21 +258,6 @@ def _example(table: Table, number: int) -> tuple[str, str]:
     last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
     asked = [turn["content"].strip() for turn in messages[:last] if turn["role"] == "user"]
     return (asked[-1] if asked else ""), messages[last]["content"].strip()
-
-
-def _metric(spec: EvalSpec, expected: Sequence[str]) -> str:
-    if spec.metric != "auto":
-        return spec.metric
-    return "json" if metrics.answers_are_json(expected) else "exact"
-
-
-def _check_metric(spec: EvalSpec, plan: Plan) -> None:
-    if spec.metric not in {"auto", "json", "exact"}:
-        hint = "For causal-lm it is auto, json or exact."
-        raise RecipeError(f"{spec.metric!r} does not fit answers in text", key="eval.metric", hint=hint)
-    if spec.metric == "json" and not metrics.answers_are_json([answer for _, answer in plan.examples]):
-        hint = "Set `eval.metric: exact`, or write each expected answer as a JSON object or list."
-        raise RecipeError("an expected answer in the test rows is not JSON", key="eval.metric", hint=hint)
 
 
 def _stops(model: Any, tokenizer: Any, plan: Plan) -> set[int]:

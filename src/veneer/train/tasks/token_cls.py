@@ -8,27 +8,32 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from veneer.train import metrics
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE
+from veneer.train.entities import spans, tag_words, words_of
 from veneer.train.errors import nearest
-from veneer.train.tasks.base import Outcome, Plan
+from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_limit
 
 if TYPE_CHECKING:
     import torch
 
     from veneer.train.recipe import Recipe
+    from veneer.train.use import Loaded
 
 __all__ = ["TokenCls", "align"]
 
 
-class TokenCls:
+class TokenCls(Task):
     """Word labels aligned to sub-words; the new classification head is trained and saved with the adapter."""
 
     name: ClassVar[str] = "token-cls"
     task_type: ClassVar[str] = "TOKEN_CLS"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = (("tokens", "labels"),)
+    pipeline: ClassVar[str] = "token-classification"
     train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-3, "per_device_train_batch_size": 16}
+    metrics: ClassVar[tuple[str, ...]] = ("auto", "entities", "accuracy")
     whole_words: ClassVar[bool] = True
-    predicts_next: ClassVar[bool] = False
+    asks: ClassVar[tuple[tuple[str, ...], ...]] = (("tokens",), ("text",))
+    named_labels: ClassVar[bool] = True
 
     def check_row(self, layout: Layout, row: dict[str, Any]) -> str:
         """What is wrong with a row, or an empty string."""
@@ -44,19 +49,22 @@ class TokenCls:
         words, labels = len(row["tokens"]), len(row["labels"])
         return "" if words == labels else f"{words} tokens and {labels} labels"
 
-    def plan(self, recipe: Recipe, train: Table, test: Table | None, tokenizer: Any, config: Any) -> Plan:
+    def plan_train(self, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Plan:
         """The labels found in training, and the tokens and labels of every row."""
         names = _label_names(train, config)
-        limit = min(recipe.data.max_length, tokenizer.model_max_length, _positions(config))
+        limit = token_limit(recipe, tokenizer, config)
         everywhere = recipe.data.label_all_subwords
         dataset, _, cut = _encode(train, names, tokenizer, limit, everywhere)
         plan = Plan(train=dataset, label_names=names)
         if cut:
             plan.notes.append(f"{cut} of {len(train)} training rows are cut to {limit} tokens.")
-        if test is None:
-            return plan
-        test = test if recipe.eval.limit is None else test.select(range(min(recipe.eval.limit, len(test))))
-        plan.test, places, cut = _encode(test, names, tokenizer, limit, everywhere)
+        return plan
+
+    def plan_test(self, plan: Plan, recipe: Recipe, test: Table, tokenizer: Any, config: Any) -> None:
+        """Tokens and labels of the test rows, and where each word begins."""
+        assert plan.label_names is not None
+        names, limit = plan.label_names, token_limit(recipe, tokenizer, config)
+        plan.test, places, cut = _encode(test, names, tokenizer, limit, recipe.data.label_all_subwords)
         if cut:
             plan.notes.append(f"{cut} of {len(test)} test rows are cut; the words cut off count as O.")
         rows = test.dataset.to_list()
@@ -64,7 +72,6 @@ class TokenCls:
         plan.examples = [(" ".join(row["tokens"]), metrics.spans(row["tokens"], row["labels"])) for row in rows]
         if _metric(recipe, names) == "entities":
             metrics.need_seqeval()
-        return plan
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None) -> torch.Tensor:
         """The model's own loss over the labelled sub-words."""
@@ -92,19 +99,41 @@ class TokenCls:
         shown = [metrics.spans(words, tags) for (words, _, _), tags in zip(plan.targets, found, strict=True)]
         return Outcome(scores, shown, [want == got for want, got in zip(expected, found, strict=True)])
 
+    def check_ask(self, layout: Layout, row: dict[str, Any]) -> str:
+        """What is wrong with words or a text that are to be labelled, or an empty string."""
+        if "text" in row:
+            return text_problem(layout, row, "text")
+        words = row["tokens"]
+        good = isinstance(words, list) and all(isinstance(word, str) and word.strip() for word in words)
+        return "" if good else f"{layout.columns['tokens']!r} is not a list with one text a word"
 
-def _positions(config: Any) -> int:
-    positions = getattr(config, "max_position_embeddings", None)
-    return positions if isinstance(positions, int) and positions > 0 else 1 << 30
+    def predict(self, loaded: Loaded, table: Table, recipe: Recipe) -> list[dict[str, Any]]:
+        """`entities` with their text, label, place and score: characters of a text, or words of a list of them.
+
+        A list of words gets `labels` too. However long a row is, no word is left out.
+        """
+        limit = token_limit(recipe, loaded.tokenizer, loaded.model.config)
+        whole = "text" in table.layout.columns
+        rows = table.dataset["text" if whole else "tokens"][:]
+        places = [words_of(text) if whole else [] for text in rows]
+        words = [[text[a:b] for a, b in own] if whole else text for text, own in zip(rows, places, strict=True)]
+        tagged = tag_words(loaded.model, loaded.tokenizer, words, limit, recipe.eval.batch_size)
+        answers: list[dict[str, Any]] = []
+        for row, own, tags in zip(rows, places, tagged, strict=True):
+            groups = []
+            for first, last, kind in spans([label for label, _ in tags]):
+                start, end = (own[first][0], own[last - 1][1]) if whole else (first, last)
+                text = row[start:end] if whole else " ".join(row[first:last])
+                score = sum(share for _, share in tags[first:last]) / (last - first)
+                groups.append({"text": text, "label": kind, "start": start, "end": end, "score": score})
+            answers.append({"entities": groups} | ({} if whole else {"labels": [label for label, _ in tags]}))
+        return answers
 
 
 def _metric(recipe: Recipe, names: Sequence[str]) -> str:
     metric = recipe.eval.metric
     if metric == "auto":
         return "entities" if metrics.tags_are_iob(names) else "accuracy"
-    if metric not in {"entities", "accuracy"}:
-        hint = "For token-cls it is auto, entities or accuracy."
-        raise recipe.error("eval", "metric", problem=f"{metric!r} does not fit word labels", hint=hint)
     if metric == "entities" and not metrics.tags_are_iob(names):
         hint = "Entities are labelled O, B-name and I-name; set `eval.metric: accuracy` for other labels."
         raise recipe.error("eval", "metric", problem=f"the labels are {', '.join(names)}", hint=hint)
@@ -177,20 +206,16 @@ def _check_labels(table: Table, row: int, words: Sequence[str], labels: Sequence
 
 
 def _best_labels(model: Any, tokenizer: Any, plan: Plan, batch_size: int) -> list[list[int]]:
-    from veneer.train.collate import Collator
+    from veneer.train.collate import Collator, batches
     from veneer.train.generate import evaluating
 
     assert plan.test is not None
-    rows = plan.test.to_list()
-    order = sorted(range(len(rows)), key=lambda number: rows[number]["length"])
-    collate, device = Collator(tokenizer.pad_token_id), next(model.parameters()).device
-    best: list[list[int]] = [[] for _ in rows]
+    device = next(model.parameters()).device
+    best: list[list[int]] = [[] for _ in range(len(plan.test))]
     with evaluating(model):
-        for first in range(0, len(order), batch_size):
-            part = order[first : first + batch_size]
-            batch = collate([rows[number] for number in part])
+        for part, batch in batches(plan.test, Collator(tokenizer.pad_token_id), batch_size, device):
             batch.pop("labels")
-            logits = model(**{key: value.to(device) for key, value in batch.items()}).logits
+            logits = model(**batch).logits
             logits = logits[:, -batch["input_ids"].shape[1] :]  # virtual tokens come first and have no word
             for number, row in zip(part, logits.argmax(-1).tolist(), strict=True):
                 best[number] = row

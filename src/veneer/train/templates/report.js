@@ -25,7 +25,7 @@ for (const plot of document.querySelectorAll(".plot")) {
     cursor.setAttribute("x2", line);
     cursor.style.visibility = "visible";
     tip.hidden = false;
-    tip.textContent = `step ${step}\n` + frame.series.map((s) => `${s.name} ${nearest(s.points, step)[1]}${frame.unit}`).join("\n");
+    tip.textContent = `${frame.x} ${step}\n` + frame.series.map((s) => `${s.name} ${nearest(s.points, step)[1]}${frame.unit}`).join("\n");
     const left = (line / frame.width) * box.width;
     tip.style.left = left > box.width / 2 ? `${left - tip.offsetWidth - 12}px` : `${left + 12}px`;
   });

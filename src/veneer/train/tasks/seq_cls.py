@@ -1,0 +1,297 @@
+"""`seq-cls`: a label, a set of labels or a number for one sentence or two."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from veneer.train import label_scores
+from veneer.train.data import Layout, Table
+from veneer.train.encode import IGNORE
+from veneer.train.errors import DataError, nearest
+from veneer.train.tasks.base import Outcome, Plan, Task, predict_logits, text_problem, token_limit
+
+if TYPE_CHECKING:
+    import torch
+
+    from veneer.train.recipe import Recipe
+    from veneer.train.use import Loaded
+
+__all__ = ["SeqCls", "SeqClsOptions"]
+
+SINGLE, MULTI, NUMBER = "single_label_classification", "multi_label_classification", "regression"
+
+
+@dataclass
+class SeqClsOptions:
+    """problem_type: what a label is; None reads it off the rows (a list: several, a number with a point: a
+    number). separator: what parts several labels in one text. threshold: from which probability one of several
+    labels is given. class_weights: `balanced` weighs a row by how rare its label is, or weights by label.
+    """
+
+    problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
+    separator: str | None = None
+    threshold: float = 0.5
+    class_weights: Literal["balanced"] | dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold}")
+        if self.separator is not None and self.problem_type not in (None, MULTI):
+            raise ValueError(f"separator parts several labels, and problem_type is {self.problem_type}")
+        if self.class_weights is not None and self.problem_type in (MULTI, NUMBER):
+            raise ValueError(f"class_weights are for one label a row, and problem_type is {self.problem_type}")
+
+
+class SeqCls(Task):
+    """Labels of whole texts; a new classification head is trained and saved with the adapter."""
+
+    name: ClassVar[str] = "seq-cls"
+    task_type: ClassVar[str] = "SEQ_CLS"
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    layouts: ClassVar[tuple[tuple[str, ...], ...]] = (("text", "text_pair", "label"), ("text", "label"))
+    aliases: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text": ("sentence", "sentence1", "premise"),
+        "text_pair": ("sentence2", "hypothesis"),
+        "label": ("labels", "score"),
+    }
+    pipeline: ClassVar[str] = "text-classification"
+    train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-4, "per_device_train_batch_size": 16}
+    asks: ClassVar[tuple[tuple[str, ...], ...]] = (("text", "text_pair"), ("text",))
+    named_labels: ClassVar[bool] = True
+    Options: ClassVar[type] = SeqClsOptions
+
+    def check_row(self, layout: Layout, row: dict[str, Any]) -> str:
+        """What is wrong with a row, or an empty string."""
+        value, column = row["label"], layout.columns["label"]
+        if isinstance(value, list):
+            odd = next((item for item in value if not isinstance(item, str | int)), None)
+            if odd is not None:
+                return f"{column!r} holds {odd!r}, expected labels in text or whole numbers"
+        elif isinstance(value, float) and not math.isfinite(value):
+            return f"{column!r} is {value}, expected a finite number"
+        elif not isinstance(value, str | int | float) or (isinstance(value, str) and not value.strip()):
+            return f"{column!r} is {value!r}, expected a label, a list of labels or a number"
+        return text_problem(layout, row, "text", "text_pair")
+
+    def plan_train(self, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Plan:
+        """The kind of label and the labels found in training, and the tokens and labels of every row."""
+        kind = self._kind(train)
+        limit = token_limit(recipe, tokenizer, config)
+        names = None if kind == NUMBER else _label_names(self._labels(train, kind), config)
+        weights = self._weights(recipe, self._labels(train, kind), names) if kind == SINGLE else {}
+        dataset, cut = self._encode(train, kind, names, tokenizer, limit, weights)
+        size = {"num_labels": 1} if names is None else {}
+        plan = Plan(train=dataset, label_names=names, model_options={"problem_type": kind, **size})
+        if cut:
+            plan.notes.append(f"{cut} of {len(train)} training rows are cut to {limit} tokens.")
+        return plan
+
+    def plan_test(self, plan: Plan, recipe: Recipe, test: Table, tokenizer: Any, config: Any) -> None:
+        """Tokens and labels of the test rows."""
+        limit, kind, names = (
+            token_limit(recipe, tokenizer, config),
+            plan.model_options["problem_type"],
+            plan.label_names,
+        )
+        plan.test, cut = self._encode(test, kind, names, tokenizer, limit, {})
+        if cut:
+            plan.notes.append(f"{cut} of {len(test)} test rows are cut to {limit} tokens.")
+        pairs = zip(_texts(test), self._labels(test, kind), strict=True)
+        plan.examples = [(" | ".join(text), _shown(label)) for text, label in pairs]
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None) -> torch.Tensor:
+        """Cross entropy of one label, binary cross entropy of several, squared error of a number."""
+        import torch.nn.functional as F
+
+        labels = batch["labels"]
+        logits = self.logits(model, batch)
+        if labels.dim() == 2:
+            each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").flatten()
+        elif labels.is_floating_point():
+            each = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="none")
+        else:
+            each = F.cross_entropy(logits, labels, reduction="none")
+            each = each * batch["weight"] if "weight" in batch else each
+        return each.sum() / (labels.numel() if items is None else items)
+
+    def logits(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The scores of every label, (rows, labels)."""
+        return model(**{key: value for key, value in batch.items() if key not in ("labels", "weight")}).logits
+
+    def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
+        """The labels of the test rows, scored as their kind is."""
+        import torch
+
+        from veneer.train.collate import batches
+        from veneer.train.generate import evaluating
+
+        assert plan.test is not None
+        device = next(model.parameters()).device
+        rows: list[Any] = [None] * len(plan.test)
+        total = 0.0
+        with evaluating(model):
+            for part, batch in batches(plan.test, self.collator(tokenizer), recipe.eval.batch_size, device):
+                total += float(self.loss(model, batch, torch.ones((), device=device)))
+                for number, row in zip(part, self.logits(model, batch).float().tolist(), strict=True):
+                    rows[number] = row
+        logits = torch.tensor(rows)
+        wanted = plan.test["labels"][:]
+        scores, found = self._score(plan, torch.tensor(wanted), logits)
+        items = logits.numel() if plan.model_options["problem_type"] == MULTI else len(rows)
+        right = [_shown(label) == want for label, (_, want) in zip(found, plan.examples, strict=True)]
+        return Outcome(scores | {"loss": total / items}, [_shown(label) for label in found], right)
+
+    def predict(self, loaded: Loaded, table: Table, recipe: Recipe) -> list[dict[str, Any]]:
+        """`label`, `score` and every label's share in `scores`; `labels` where there may be several; or `value`."""
+        config = loaded.model.config
+        rows = predict_logits(loaded, table, recipe, ("text", "text_pair"), self.logits)
+        answers: list[dict[str, Any]] = []
+        for logits, cut in rows:
+            if config.problem_type == NUMBER:
+                answer: dict[str, Any] = {"value": float(logits[0])}
+            else:
+                several = config.problem_type == MULTI
+                shares = (logits.sigmoid() if several else logits.softmax(-1)).tolist()
+                scores = dict(zip(loaded.label_names, shares, strict=True))
+                [found] = self.decide(config.problem_type or SINGLE, loaded.label_names, logits[None])
+                answer = {"labels": found} if several else {"label": found, "score": scores[found]}
+                answer["scores"] = scores
+            answers.append(answer | ({"cut": True} if cut else {}))
+        return answers
+
+    def _score(self, plan: Plan, wanted: torch.Tensor, logits: torch.Tensor) -> tuple[dict[str, float], list[Any]]:
+        kind, names = plan.model_options["problem_type"], plan.label_names
+        found = self.decide(kind, names, logits)
+        if kind == NUMBER:
+            return label_scores.number_scores(wanted, logits.squeeze(-1)), found
+        assert names is not None
+        if kind == MULTI:
+            return label_scores.set_scores(wanted, logits.sigmoid() >= self.options.threshold), found
+        return label_scores.class_scores(wanted, logits.argmax(-1), len(names)), found
+
+    def decide(self, kind: str, names: Sequence[str] | None, logits: torch.Tensor) -> list[Any]:
+        """The answer for each row of scores: a label, a list of labels, or a number."""
+        if kind == NUMBER or names is None:
+            return logits.squeeze(-1).tolist()
+        if kind == MULTI:
+            chosen = (logits.sigmoid() >= self.options.threshold).tolist()
+            return [[name for name, yes in zip(names, row, strict=True) if yes] for row in chosen]
+        return [names[best] for best in logits.argmax(-1).tolist()]
+
+    def _kind(self, train: Table) -> str:
+        labels = train.dataset["label"][:]
+        if self.options.problem_type is not None:
+            return self.options.problem_type
+        if self.options.separator is not None or isinstance(labels[0], list):
+            return MULTI
+        return NUMBER if isinstance(labels[0], float) else SINGLE
+
+    def _labels(self, table: Table, kind: str) -> list[Any]:
+        """Each row's label as its kind wants it: text, a list of texts, or a number."""
+        out: list[Any] = []
+        for row, value in enumerate(table.dataset["label"][:]):
+            if kind == NUMBER:
+                out.append(_number(table, row, value))
+            elif kind == MULTI:
+                cut = (
+                    value.split(self.options.separator) if isinstance(value, str) and self.options.separator else value
+                )
+                parts = cut if isinstance(cut, list) else [cut]
+                out.append(sorted({_name(part) for part in parts if _name(part)}))
+            elif isinstance(value, list):
+                hint = "Set `options.problem_type: multi_label_classification`."
+                raise table.error(row, f"several labels, {value!r}, where others have one", hint)
+            else:
+                out.append(_name(value))
+        return out
+
+    def _weights(self, recipe: Recipe, labels: Sequence[str], names: Sequence[str] | None) -> dict[str, float]:
+        asked = self.options.class_weights
+        if asked == "balanced":
+            counts = Counter(labels)
+            return {name: len(labels) / (len(counts) * count) for name, count in counts.items()}
+        for name in asked or {}:
+            if name not in (names or ()):
+                near, hint = nearest(name, names or ()), f"The labels are {', '.join(names or ())}."
+                problem = f"no row has the label {name!r}"
+                raise recipe.error("options", "class_weights", problem=problem, near=near, hint=hint)
+        return {} if asked is None else {name: float(asked.get(name, 1.0)) for name in names or ()}
+
+    def _encode(
+        self,
+        table: Table,
+        kind: str,
+        names: Sequence[str] | None,
+        tokenizer: Any,
+        limit: int,
+        weights: dict[str, float],
+    ) -> tuple[Any, int]:
+        import datasets
+
+        from veneer.train.tokens import encode_texts
+
+        columns, cut = encode_texts(table, tokenizer, ("text", "text_pair"), limit)
+        labels = self._labels(table, kind)
+        if names is None:
+            columns["labels"] = labels
+        else:
+            index = {name: number for number, name in enumerate(names)}
+            for row, label in enumerate(labels):
+                _check_label(table, row, label if isinstance(label, list) else [label], index)
+            one = lambda label: [float(name in label) for name in names] if kind == MULTI else index[label]
+            columns["labels"] = [one(label) for label in labels]
+        if weights:
+            columns["weight"] = [weights[label] for label in labels]
+        return datasets.Dataset.from_dict(columns), sum(cut)
+
+
+def _texts(table: Table) -> list[tuple[str, ...]]:
+    roles = [role for role in ("text", "text_pair") if role in table.layout.columns]
+    return list(zip(*(table.dataset[role][:] for role in roles), strict=True))
+
+
+def _name(value: Any) -> str:
+    return str(value).strip().lower() if isinstance(value, bool) else str(value).strip()
+
+
+def _number(table: Table, row: int, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise table.error(row, f"label {value!r} is not a number", "Or set `options.problem_type`.") from None
+    if number == IGNORE or not math.isfinite(number):
+        raise table.error(row, f"label {value!r} cannot be learned", "Scale the numbers, for example to 0 to 1.")
+    return number
+
+
+def _label_names(labels: Sequence[Any], config: Any) -> list[str]:
+    """The labels of the training rows, numbers in their order; a base with the same labels keeps its own order."""
+    found = {name for label in labels for name in (label if isinstance(label, list) else [label])}
+    known = [config.id2label[index] for index in sorted(config.id2label)] if config.id2label else []
+    if found and found <= set(known):
+        return known
+    if len(found) < 2 and not isinstance(labels[0], list):
+        hint = "Give rows with at least two labels, or set `options.problem_type: regression`."
+        raise DataError(f"every training row has the label {labels[0]!r}", hint=hint)
+    if not found:
+        raise DataError("no training row has a label", hint="Give rows with labels.")
+    numbers = all(name.lstrip("-").isdecimal() for name in found)
+    return sorted(found, key=lambda name: (int(name), "") if numbers else (0, name))
+
+
+def _check_label(table: Table, row: int, labels: Sequence[str], known: dict[str, int]) -> None:
+    for label in labels:
+        if label not in known:
+            near = nearest(label, known)
+            meant = f" Did you mean `{near}`?" if near else ""
+            raise table.error(row, f"unknown label {label!r}", f"The labels are {', '.join(known)}.{meant}")
+
+
+def _shown(label: Any) -> str:
+    if isinstance(label, float):
+        return f"{label:.4g}"
+    return (", ".join(label) or "-") if isinstance(label, list) else str(label)
