@@ -28,7 +28,7 @@ def plain_autograd(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.is_autocast_enabled(x.device.type)
+        or (not x.is_meta and torch.is_autocast_enabled(x.device.type))
     )
 
 

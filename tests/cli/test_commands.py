@@ -14,8 +14,8 @@ import yaml
 from typer.testing import CliRunner
 
 from veneer.cli.app import app
-from veneer.train.entities import spans
 from veneer.cli.session import program
+from veneer.train.entities import spans
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 SMALL = ["--epochs", 1, "--batch-size", 4, "--r", 2, "--lr", 0.01, "--set", "eval.max_new_tokens=8"]

@@ -225,6 +225,6 @@ def test_the_purpose_is_kept(trained: Any, tmp_path: Path) -> None:
     else:
         assert (purpose.options, purpose.facts) == ({"stride": 2}, {"unanswerable": False})
     (tmp_path / "task.json").write_text('{"task": "x"}')
-    refused = pytest.raises(ValueError, match="not what an adapter's task.json holds")
+    refused = pytest.raises(ValueError, match=r"not what an adapter's task\.json holds")
     with refused:
         read_purpose(tmp_path)

@@ -205,11 +205,13 @@ def load_base(
     ref: BaseRef,
     task: str,
     id2label: dict[int, str] | None = None,
+    meta: bool = False,
     **options: Any,
 ) -> tuple[Any, Any]:
     """The model for a task, and its tokenizer. The model's ``fresh_modules`` names what the base lacked.
 
-    ``options`` are fields of the model's config, such as num_labels or problem_type.
+    ``options`` are fields of the model's config, such as num_labels or problem_type. With ``meta`` the model has
+    shapes and no weights: of its files only the names are read.
 
     Raises:
         BaseModelError: the weights cannot be loaded, or a language model has no head of its own.
@@ -228,6 +230,7 @@ def load_base(
             source,
             dtype=ref.dtype or "float32",
             output_loading_info=True,
+            device_map="meta" if meta else None,
             ignore_mismatched_sizes=bool({"id2label", "num_labels"} & options.keys()),
             **options,
             **more,

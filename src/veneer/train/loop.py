@@ -2,44 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.train import fields, initial
+from veneer.train import initial
 from veneer.train.allocator import keep_blocks
-from veneer.train.bases import BaseRef, load_base, load_config, load_tokenizer, quiet, resolve_base, safe_pad
+from veneer.train.bases import load_base, quiet, safe_pad
 from veneer.train.checks import check_recipe
-from veneer.train.data import load_tables
-from veneer.train.errors import DataError
+from veneer.train.prepare import Parts, adapter_config, model_options, prepare
 from veneer.train.purpose import purpose_of, write_purpose
 from veneer.train.recipe import Recipe
 from veneer.train.result import RunResult, Sample, describe_machine, whole_folder, write_result
-from veneer.train.tasks import Outcome, Plan, Task, task_class, task_of
+from veneer.train.tasks import Outcome, Plan
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import TrainerCallback
 
     from veneer.train.trainer import TaskTrainer
 
 __all__ = ["RunResult", "Sample", "run"]
-
-
-@dataclass
-class _Parts:
-    """What a run works with once its inputs are read and before its weights are."""
-
-    ref: BaseRef
-    task: Task
-    plan: Plan
-    config: Any
-    args: TrainingArguments
-    notes: list[str]
 
 
 def run(
@@ -63,7 +48,7 @@ def run(
     check_recipe(recipe)
     out = Path(recipe.out).absolute()
     with whole_folder(out) as folder:
-        parts = _prepare(recipe, folder)
+        parts = prepare(recipe, folder)
         for note in parts.notes:
             _say(console, note)
         result = _train(recipe, parts, callbacks, console, folder, out)
@@ -76,40 +61,9 @@ def _say(console: Console | None, text: str) -> None:
         console.print(text, markup=False, highlight=False)
 
 
-def _prepare(recipe: Recipe, folder: Path) -> _Parts:
-    """Everything that can fail without weights, in the order in which it is cheap to find out."""
-    from veneer.train.trainer import log_every, training_arguments
-
-    task = task_of(recipe)
-    args = training_arguments(recipe, str(folder / "checkpoints"))
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
-    if "logging_steps" not in recipe.train:
-        args.logging_steps = log_every(args, len(train))
-    ref = resolve_base(recipe.base)
-    config, tokenizer = load_config(ref), load_tokenizer(ref, task.whole_words)
-    plan = task.plan(recipe, train, test, tokenizer, config)
-    if args.eval_strategy != "no" and plan.test is None:
-        hint = "Set `data.test`, `data.validation` or `data.split`."
-        raise recipe.error("train", "eval_strategy", problem="there are no test rows", hint=hint)
-    _check_vocabulary(plan, config, ref)
-    notes = list(plan.notes)
-    if plan.test is None:
-        notes.append("No test rows: nothing is measured. Set `data.test` or `data.split`.")
-    return _Parts(ref, task, plan, config, args, notes)
-
-
-def _check_vocabulary(plan: Plan, config: Any, ref: BaseRef) -> None:
-    size = config.get_text_config().vocab_size
-    names = [name for name in plan.train.column_names if name.endswith("input_ids")]
-    highest = max(max(row) for name in names for row in plan.train[name])
-    if highest >= size:
-        problem = f"token {highest} is outside the {size} rows of {ref.name}'s embedding"
-        raise DataError(problem, hint="The tokenizer and the model do not belong together.")
-
-
 def _train(
     recipe: Recipe,
-    parts: _Parts,
+    parts: Parts,
     callbacks: Sequence[TrainerCallback],
     console: Console | None,
     folder: Path,
@@ -122,13 +76,13 @@ def _train(
 
     task, plan, args = parts.task, parts.plan, parts.args
     transformers.set_seed(recipe.seed)
-    model, tokenizer = load_base(parts.ref, recipe.task, **_model_options(plan))
+    model, tokenizer = load_base(parts.ref, recipe.task, **model_options(plan))
     _pad(model, tokenizer, parts, console)
     model.to(args.device)
     task.check_model(model, plan)
     before = _measure(recipe, parts, model, tokenizer, console, "the base model")
     transformers.set_seed(recipe.seed)
-    config = _adapter_config(recipe, model, parts)
+    config = adapter_config(recipe, model, parts)
     collate = task.collator(tokenizer, 1 if args.device.type == "cpu" else 8, recipe.seed)
     try:
         initial.prepare(model, config, task, plan.train, collate, args, console is not None)
@@ -167,7 +121,7 @@ def _train(
     )
 
 
-def _pad(model: Any, tokenizer: Any, parts: _Parts, console: Console | None) -> None:
+def _pad(model: Any, tokenizer: Any, parts: Parts, console: Console | None) -> None:
     generation = getattr(model, "generation_config", None)  # a model without a decoder has none
     own = None if generation is None else generation.eos_token_id
     stops = {*parts.plan.stop_ids, *(own if isinstance(own, list) else [own])}
@@ -180,38 +134,15 @@ def _pad(model: Any, tokenizer: Any, parts: _Parts, console: Console | None) -> 
         _say(console, note)
 
 
-def _model_options(plan: Plan) -> dict[str, Any]:
-    """What the rows say about the model's config."""
-    names = {} if plan.label_names is None else {"id2label": dict(enumerate(plan.label_names))}
-    return {**plan.model_options, **names}
-
-
-def _measure(recipe: Recipe, parts: _Parts, model: Any, tokenizer: Any, console: Console | None, what: str) -> Outcome:
+def _measure(recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, console: Console | None, what: str) -> Outcome:
     if parts.plan.test is None:
         return Outcome({}, [], [])
     _say(console, f"Measuring {what} on {len(parts.plan.test)} test rows.")
     return parts.task.evaluate(model, tokenizer, parts.plan, recipe)
 
 
-def _adapter_config(recipe: Recipe, model: Any, parts: _Parts) -> Any:
-    """The adapter's config; a head that the base did not hold is trained and saved with it."""
-    cls = fields.config_class(recipe.adapter.method)
-    assert cls is not None  # check_recipe has seen it
-    config = cls(**recipe.adapter.options, task_type=task_class(recipe.task).task_type)
-    config.base_model_name_or_path, config.revision = parts.ref.name, parts.ref.revision
-    if model.fresh_modules and "modules_to_save" in {field.name for field in dataclasses.fields(cls)}:
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), *model.fresh_modules})
-    if recipe.merge and config.is_prompt_learning:
-        problem = f"{recipe.adapter.method} adds virtual tokens and cannot be merged into the weights"
-        raise recipe.error("merge", problem=problem, hint="Set `merge: false`.")
-    if config.is_prompt_learning and "position_ids" in parts.plan.train.column_names:
-        problem = f"{recipe.adapter.method} puts virtual tokens before a row, and packed rows have other rows there"
-        raise recipe.error("options", "packing", problem=problem, hint="Set `options.packing: none`.")
-    return config
-
-
 def _trainer(
-    recipe: Recipe, parts: _Parts, model: Any, tokenizer: Any, collate: Any, callbacks: Sequence[TrainerCallback]
+    recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, collate: Any, callbacks: Sequence[TrainerCallback]
 ) -> TaskTrainer:
     from veneer.train.optimizer import optimizer_options
     from veneer.train.trainer import TaskTrainer
@@ -264,7 +195,7 @@ def _save_adapter(recipe: Recipe, model: Any, tokenizer: Any, plan: Plan, folder
         checkpoints.rmdir()
 
 
-def _merge(recipe: Recipe, model: Any, tokenizer: Any, folder: Path, parts: _Parts, console: Console | None) -> bool:
+def _merge(recipe: Recipe, model: Any, tokenizer: Any, folder: Path, parts: Parts, console: Console | None) -> bool:
     """Write `merged/` if asked for; a method without a merged form costs a note, not the trained adapter."""
     if not recipe.merge:
         return False

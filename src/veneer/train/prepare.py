@@ -1,0 +1,87 @@
+"""A run before its weights: the rows as tokens, the base's config, the adapter's config, every check on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from veneer.train import fields
+from veneer.train.bases import BaseRef, load_config, load_tokenizer, resolve_base
+from veneer.train.data import load_tables
+from veneer.train.errors import DataError
+from veneer.train.recipe import Recipe
+from veneer.train.tasks import Plan, Task, task_class, task_of
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+__all__ = ["Parts", "adapter_config", "model_options", "prepare"]
+
+
+@dataclass
+class Parts:
+    """What a run works with once its inputs are read and before its weights are."""
+
+    ref: BaseRef
+    task: Task
+    plan: Plan
+    config: Any
+    tokenizer: Any
+    args: TrainingArguments
+    notes: list[str]
+
+
+def prepare(recipe: Recipe, folder: Path) -> Parts:
+    """Everything that can fail without weights, in the order in which it is cheap to find out."""
+    from veneer.train.trainer import log_every, training_arguments
+
+    task = task_of(recipe)
+    args = training_arguments(recipe, str(folder / "checkpoints"))
+    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
+    if "logging_steps" not in recipe.train:
+        args.logging_steps = log_every(args, len(train))
+    ref = resolve_base(recipe.base)
+    config, tokenizer = load_config(ref), load_tokenizer(ref, task.whole_words)
+    plan = task.plan(recipe, train, test, tokenizer, config)
+    if args.eval_strategy != "no" and plan.test is None:
+        hint = "Set `data.test`, `data.validation` or `data.split`."
+        raise recipe.error("train", "eval_strategy", problem="there are no test rows", hint=hint)
+    _check_vocabulary(plan, config, ref)
+    notes = list(plan.notes)
+    if plan.test is None:
+        notes.append("No test rows: nothing is measured. Set `data.test` or `data.split`.")
+    return Parts(ref, task, plan, config, tokenizer, args, notes)
+
+
+def _check_vocabulary(plan: Plan, config: Any, ref: BaseRef) -> None:
+    size = config.get_text_config().vocab_size
+    names = [name for name in plan.train.column_names if name.endswith("input_ids")]
+    highest = max(max(row) for name in names for row in plan.train[name])
+    if highest >= size:
+        problem = f"token {highest} is outside the {size} rows of {ref.name}'s embedding"
+        raise DataError(problem, hint="The tokenizer and the model do not belong together.")
+
+
+def model_options(plan: Plan) -> dict[str, Any]:
+    """What the rows say about the model's config."""
+    names = {} if plan.label_names is None else {"id2label": dict(enumerate(plan.label_names))}
+    return {**plan.model_options, **names}
+
+
+def adapter_config(recipe: Recipe, model: Any, parts: Parts) -> Any:
+    """The adapter's config; a head that the base did not hold is trained and saved with it."""
+    cls = fields.config_class(recipe.adapter.method)
+    assert cls is not None  # check_recipe has seen it
+    config = cls(**recipe.adapter.options, task_type=task_class(recipe.task).task_type)
+    config.base_model_name_or_path, config.revision = parts.ref.name, parts.ref.revision
+    if model.fresh_modules and "modules_to_save" in {field.name for field in dataclasses.fields(cls)}:
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *model.fresh_modules})
+    if recipe.merge and config.is_prompt_learning:
+        problem = f"{recipe.adapter.method} adds virtual tokens and cannot be merged into the weights"
+        raise recipe.error("merge", problem=problem, hint="Set `merge: false`.")
+    if config.is_prompt_learning and "position_ids" in parts.plan.train.column_names:
+        problem = f"{recipe.adapter.method} puts virtual tokens before a row, and packed rows have other rows there"
+        raise recipe.error("options", "packing", problem=problem, hint="Set `options.packing: none`.")
+    return config
