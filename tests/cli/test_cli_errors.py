@@ -88,7 +88,7 @@ def test_debug_lets_the_error_through(tmp_path: Path) -> None:
         (["chat", "smolm2-135m-instruct", "-p", "x"], "Did you mean smollm2-135m-instruct?"),
         (["generate", "no/such/folder/at/all", "-p", "x"], "no such model"),
         (["generate", "anything"], "no prompt"),
-        (["merge", "no-such-folder", "--out", "x"], "there is no adapter here"),
+        (["merge", "no-such-folder", "--out", "x"], "no adapter_config.json here"),
         (["merge", "x", "--out", "y", "--dtype", "int4"], "--dtype int4 is not one of"),
         (["chat", "x", "--answer-with", "neither"], "none of adapter, base, both"),
     ],
