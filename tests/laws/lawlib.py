@@ -16,6 +16,7 @@ from veneer.context import Rows
 from veneer.tuner import Tuner
 
 LAYERS = ["first", "second"]
+MAIN_SITES = {"Linear", "Conv1D", "Conv2d", "Conv2d-groups", "Embedding"}
 
 
 class Net(nn.Module):
@@ -132,5 +133,9 @@ def exempt(case: Case, law: str) -> None:
 
 
 def every_case(only: Callable[[Case], bool] = lambda c: True) -> Any:
+    """The cases of the registry; those that only vary a site which another case has stood for are `slow`."""
     chosen = [c for c in CASES if only(c)]
-    return pytest.mark.parametrize("case", chosen, ids=[c.id for c in chosen])
+    first = {(c.method_name, c.variant): c.id for c in reversed(CASES)}
+    stands = {c.id for c in CASES if c.id == first[c.method_name, c.variant] or c.site_name in MAIN_SITES}
+    marked = [c if c.id in stands else pytest.param(c, marks=pytest.mark.slow) for c in chosen]
+    return pytest.mark.parametrize("case", marked, ids=[c.id for c in chosen])
