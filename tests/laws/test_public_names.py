@@ -10,7 +10,6 @@ from veneer import registry
 TUNERS = {t.name: n for t, c in peft.PEFT_TYPE_TO_TUNER_MAPPING.items() if (n := c.__name__).endswith("Model")}
 CONFIGS = {t.name: c.__name__ for t, c in peft.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 TABLES = "a table from types to peft's own classes; veneer's is veneer.registry"
-QUANTISED = "quantised bases are not there yet"
 ABSENT: dict[str, str] = {
     **dict.fromkeys(TUNERS.values(), "one class, veneer.tuner.Tuner, stands for every method's"),
     **dict.fromkeys(
@@ -24,9 +23,6 @@ ABSENT: dict[str, str] = {
     ),
     "bloom_model_postprocess_past_key_value": "a helper for a cache layout that transformers 5 no longer has",
     "shift_tokens_right": "a helper of transformers' own models",
-    "prepare_model_for_kbit_training": QUANTISED,
-    **dict.fromkeys(["NoMatchingPeftModuleError", "PeftError"], "the errors are AdapterError and its kin"),
-    **dict.fromkeys(["get_base_model_state_dict", "set_base_model_state_dict"], "not there yet"),
 }
 
 
