@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser, program
 from ship_zoo import save_adapter, save_llama
 
 
@@ -30,3 +32,14 @@ def make_adapter(llama: Path, tmp_path: Path) -> Any:
         return save_adapter(base, config, tmp_path / name, seed)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; tests that need it are skipped where none is installed."""
+    command = program()
+    if command is None:
+        pytest.skip("no Chromium here; on Debian: apt-get install chromium")
+    made = Browser(command)
+    yield made
+    made.close()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,20 +11,19 @@ from typing import Any
 import openai
 import pytest
 import torch
-import uvicorn
+from serve_zoo import Running
 from ship_zoo import save_adapter
 from typer.testing import CliRunner
 
 from veneer import IA3Config, LoraConfig, PromptTuningConfig
 from veneer.cli.app import app as command
 from veneer.errors import AdapterError
-from veneer.serving.api import Limits, make_app
+from veneer.serving.api import Limits
 from veneer.serving.engine import Busy, Engine
 from veneer.serving.jobs import Event, Job, sample
 from veneer.serving.load import load_served
 
 LORA = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 32, "task_type": "CAUSAL_LM"}
-KEY = "secret-key"
 PROMPTS = ["send two apples", "please send me three blue plums to the shop of Ada", "Bob", "Eve in Rome"]
 
 
@@ -41,38 +38,6 @@ def adapters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         ),
     }  # fmt: skip
     return {n: str(save_adapter(llama, c, root / n, seed)) for seed, (n, c) in enumerate(configs.items())}
-
-
-class Running:
-    def __init__(self, engine: Engine, limits: Limits, keys: tuple[str, ...] = (KEY,)):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        self.engine = engine
-        app = make_app(engine, "base", limits, keys)
-        self.server = uvicorn.Server(uvicorn.Config(app, port=self.port, log_level="error"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-
-    def client(self, key: str = KEY) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=key, max_retries=0)
-
-    def read(self, path: str) -> tuple[int, str]:
-        import urllib.error
-        import urllib.request
-
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}") as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
-        self.engine.stop(10)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +177,10 @@ def test_metrics(running: Running) -> None:
     assert status == 200
     count = next(line for line in text.splitlines() if line.startswith('veneer_tokens_total{model="gates"}'))
     assert int(count.split()[-1]) == running.engine.counts["tokens", "gates"] >= 1
-    assert "veneer_running_requests 0" in text
+    until = time.monotonic() + 10  # the last token is sent just before its row leaves
+    while "veneer_running_requests 0" not in running.read("/metrics")[1]:
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 def test_a_full_queue_and_a_time_limit(served: tuple[Any, Any]) -> None:

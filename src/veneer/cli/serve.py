@@ -28,6 +28,18 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that wait; more are refused.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=2, help="Prompt and answer together.")] = 4096,
     max_answer: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    adapter_folder: Annotated[
+        list[Path] | None,
+        typer.Option("--adapter-folder", help="Folder from which adapters may be loaded while the server runs."),
+    ] = None,
+    max_adapters: Annotated[
+        int | None, typer.Option(min=1, help="Adapters in memory; the least recently used make room.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="causal-lm, embedding or seq-cls; by default what the adapters or the base say.")
+    ] = None,
+    max_texts: Annotated[int, typer.Option(min=1, help="Texts in one request for embeddings or classes.")] = 256,
+    max_body: Annotated[int, typer.Option(min=100, help="Bytes of a request.")] = 1_000_000,
     timeout: Annotated[float, typer.Option(min=0.1, help="Longest time of a request, in seconds.")] = 300.0,
     debug: DebugFlag = False,
 ) -> None:
@@ -35,19 +47,27 @@ def serve(
     from veneer.cli.quiet import quiet_libraries
     from veneer.serving.api import Limits, make_app
     from veneer.serving.engine import Engine
-    from veneer.serving.load import load_served
+    from veneer.serving.load import load_pool
     from veneer.serving.server import run
 
-    named = _named(adapter or [])
+    asked = named(adapter or [])
     own = name or Path(base).name
-    if own in named:
+    if own in asked:
         raise UserError(f"{own!r} names the base and an adapter", where="--adapter", hint="Choose another name.")
     quiet_libraries()
-    model, tokenizer = load_served(base, named, dtype)
-    engine = Engine(model, tokenizer, max_batch, max_queue).start()
-    limits = Limits(max_tokens, max_answer, timeout)
-    app = make_app(engine, own, limits, tuple(api_key or ()))
-    typer.echo(f"models: {', '.join([own, *named])}\nlistening on http://{host}:{port}/v1")
+    missing = next((f for f in adapter_folder or [] if not f.is_dir()), None)
+    if missing is not None:
+        raise UserError(f"{missing} is not a folder", where="--adapter-folder", hint="Make it first.")
+    folders = list(adapter_folder or [])
+    served = load_pool(base, asked, dtype=dtype, task=task, folders=folders, limit=max_adapters)
+    engine = Engine(served.pool, served.tokenizer, max_batch, max_queue, served.pooling).start()
+    limits = Limits(max_tokens, max_answer, timeout, max_body, max_texts)
+    app = make_app(
+        engine, own, limits, tuple(api_key or ()),
+        task=served.task, base_answers=served.base_answers, labels=served.labels,
+    )  # fmt: skip
+    typer.echo(f"models: {', '.join([*[own] * served.base_answers, *asked])}\nlistening on http://{host}:{port}/v1")
+    typer.echo(f"task: {served.task}" + (f"; chat at http://{host}:{port}/" * (served.task == "causal-lm")))
     if not api_key and host not in ("127.0.0.1", "localhost", "::1"):
         typer.echo("no --api-key: whoever reaches this address can use it")
     try:
@@ -56,14 +76,14 @@ def serve(
         engine.stop()
 
 
-def _named(given: list[str]) -> dict[str, str]:
+def named(given: list[str], where: str = "--adapter") -> dict[str, str]:
     out: dict[str, str] = {}
     for word in given:
         name, sign, path = word.partition("=")
         if not sign or not name or not path or "." in name:
-            hint = "Write --adapter NAME=PATH, the name without dots."
-            raise UserError(f"{word!r} is not NAME=PATH", where="--adapter", hint=hint)
+            hint = f"Write {where} NAME=PATH, the name without dots."
+            raise UserError(f"{word!r} is not NAME=PATH", where=where, hint=hint)
         if name in out:
-            raise UserError(f"{name!r} is given twice", where="--adapter", hint="Give each adapter its own name.")
+            raise UserError(f"{name!r} is given twice", where=where, hint="Give each adapter its own name.")
         out[name] = path
     return out

@@ -40,13 +40,13 @@ class Certificate:
     top1_agreement: float
     dtype: str
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, name: str = FILE) -> None:
         held = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in dataclasses.asdict(self).items()}
-        (folder / FILE).write_text(json.dumps(held, indent=2), encoding="utf-8")
+        (folder / name).write_text(json.dumps(held, indent=2), encoding="utf-8")
 
-    def lines(self) -> list[str]:
+    def lines(self, other: str = "base + adapter") -> list[str]:
         out = [
-            f"largest logit difference to base + adapter: {self.largest_difference:.3g}; "
+            f"largest logit difference to {other}: {self.largest_difference:.3g}; "
             f"same top token: {100 * self.top1_agreement:.1f} %"
         ]
         if not math.isnan(self.kl_mean):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +17,8 @@ import torch
 
 from .. import state
 from ..config import PeftConfig
-from ..errors import AdapterError, CannotMerge
+from ..errors import AdapterError, CannotMerge, PeftWarning
+from ..grow import rows_needed
 from ..opened import _labels, adapter_folder, model_class, open_adapter
 from .certificate import SAMPLES, Certificate, certify, outputs
 from .mapped import Mapped, Unmappable, mapped_model, shards
@@ -24,12 +29,14 @@ __all__ = ["Merged", "merge_to_folder"]
 
 @dataclass(frozen=True)
 class Merged:
-    """streamed: shard by shard; otherwise the model was loaded whole, and `why` says the reason."""
+    """streamed: shard by shard; otherwise the model was loaded whole, and `why` says the reason. loss: what quantising
+    the merged weights cost, where the base is quantised."""
 
     folder: Path
     certificate: Certificate
     streamed: bool
     why: str = ""
+    loss: str = ""
 
 
 class Different(AdapterError):
@@ -46,12 +53,15 @@ def merge_to_folder(
     tolerance: Mapping[str, float] | None = None,
     samples: Sequence[str] = SAMPLES,
     on_shard: Callable[[str, bool], None] | None = None,
+    into: str | None = None,
 ) -> Merged:
     """Merge an adapter into its base and write an ordinary model folder with a certificate of equality.
 
     dtype: store as this torch dtype's name. tolerance: dtype name -> largest allowed difference of a logit as a
-    share of the largest. A cut-off run goes on in `<out>.partial`. Raises Different where the check fails, and
-    CannotMerge, AdapterError or BaseModelError; `out` is then not there.
+    share of the largest. into: "original": the base's own weights, which must not be quantised; a name of
+    backends.loading.QUANTISED: the base quantised in this way; None: the base as its files are. A cut-off run goes on
+    in `<out>.partial`. Raises Different where the check fails, and CannotMerge, AdapterError or BaseModelError; `out`
+    is then not there.
     """
     if out.exists():
         raise AdapterError(f"{out} already exists; name a folder that does not exist yet")
@@ -61,21 +71,79 @@ def merge_to_folder(
     if not name:
         raise AdapterError(f"{folder} does not name its base model; give it with --base")
     kind = None if dtype is None else getattr(torch, dtype)
+    packed = _packed(str(name), into, dtype)
+    loss: dict[str, Any] = {}
     try:
+        if packed is not None:
+            raise Unmappable(f"its merged weights are quantised anew ({packed})")
         mapped = _map(str(name), config, folder)
     except Unmappable as error:
         why = str(error)
-        model, tokenizer, before, stored = _load_whole(adapter, base, partial, kind, safe, samples)
+        if packed is not None:
+            opened = open_adapter(adapter, base, need_base=True, quantize=into)
+            model, tokenizer, before, loss = _quantised(opened, partial, safe, samples)
+            stored, tolerance = packed, {packed: math.inf}
+        else:
+            model, tokenizer, before, stored = _load_whole(adapter, base, partial, kind, safe, samples)
     else:
         why = ""
         model, tokenizer, before, stored = _stream(mapped, folder, config, partial, kind, safe, samples, on_shard)
     try:
         found = _check(model, partial, tokenizer, before, stored, samples, tolerance or {}, out)
         _finish(partial, folder, tokenizer, found, str(name))
+        told = _write_loss(partial, loss)
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Merged(out, found, not why, why)
+    return Merged(out, found, not why, why, told)
+
+
+def _packed(name: str, into: str | None, dtype: str | None) -> str | None:
+    """How the merged weights will be quantised; None where they stay as they are."""
+    from ..backends.loading import QUANTISED, load_options, require_library
+    from ..train.bases import load_config, resolve_base
+
+    there = require_library(load_config(resolve_base(name)))
+    if into not in (None, "original", *QUANTISED):
+        raise AdapterError(f"cannot merge into {into!r}; the ways are original, {', '.join(QUANTISED)}")
+    if there is not None and into is not None:
+        raise AdapterError(
+            f"{name} is quantised ({there}), so its files no longer hold the original weights; give the folder or hub "
+            f"id of the original model with --base to merge into {into}"
+        )
+    if into == "hqq":
+        raise AdapterError("a model with HQQ layers cannot be written as a folder that transformers loads; try nf4")
+    packed = there if into in (None, "original") else into
+    if packed is not None and dtype is not None:
+        raise AdapterError(f"the merged weights are stored as {packed}; leave out --dtype")
+    if into in QUANTISED:
+        load_options(str(into), torch.float32)  # its library is installed
+    return packed
+
+
+def _quantised(opened: Any, partial: Path, safe: bool, samples: Sequence[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """As `_load_whole`, and what quantising the merged weights anew cost: layer -> MergeError."""
+    tokenizer = _tokenizer(opened.folder, None, opened.base_name)
+    before = outputs(opened.model, tokenizer, samples)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PeftWarning)  # said by the caller
+        opened.model.merge_adapter(safe_merge=safe)
+        loss = opened.model.base_model.merge_errors()
+        merged = opened.model.merge_and_unload()
+    shutil.rmtree(partial, ignore_errors=True)
+    merged.save_pretrained(partial, save_original_format=False)  # transformers cannot go back from packed weights
+    return type(merged), tokenizer, before, loss
+
+
+def _write_loss(partial: Path, loss: dict[str, Any]) -> str:
+    if not loss:
+        return ""
+    from ..backends.quantised import summary
+
+    values = {name: dataclasses.asdict(error) for name, error in loss.items()}
+    values = {n: {k: None if math.isnan(v) else v for k, v in e.items()} for n, e in values.items()}
+    (partial / "merge_errors.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+    return summary(loss)
 
 
 @dataclass
@@ -94,6 +162,8 @@ def _map(name: str, config: Any, folder: Path) -> _Mapped:
     labels = _labels(tensors)
     more = {} if labels is None else {"num_labels": labels}
     found = mapped_model(where, model_class(config, settings), **more)
+    if rows_needed(found.model, config) > found.model.get_input_embeddings().weight.shape[0]:
+        raise Unmappable("the adapter adds tokens to the vocabulary")
     return _Mapped(found.model, found.shard_of, found.missing, where)
 
 
@@ -173,6 +243,8 @@ def _check(
 
 
 def mapped_or_loaded(cls: Any, folder: Path) -> Any:
+    if "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+        return cls.from_pretrained(folder, local_files_only=True, device_map="cpu").eval()
     try:
         return mapped_model(folder, cls).model
     except Unmappable:
