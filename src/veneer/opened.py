@@ -52,10 +52,11 @@ def adapter_folder(name: str) -> Path:
     return Path(path).parent
 
 
-def open_adapter(name: str, base: str | None = None, *, need_base: bool = False) -> Opened:
+def open_adapter(name: str, base: str | None = None, *, need_base: bool = False, quantize: str | None = None) -> Opened:
     """Open an adapter for reading, in evaluation mode.
 
-    base: use this base, not the one that the adapter names. need_base: never fall back to a skeleton. Without
+    base: use this base, not the one that the adapter names. need_base: never fall back to a skeleton. quantize: load
+    the base quantised in this way (backends/loading.py). Without
     its base only plain LoRA can be opened. Raises BaseModelError or AdapterError, which say what is missing.
     """
     from .model import PeftModel
@@ -68,7 +69,7 @@ def open_adapter(name: str, base: str | None = None, *, need_base: bool = False)
     try:
         if not wanted:
             raise BaseModelError("the adapter does not name its base model", hint="Give it with --base.")
-        model = base_model(str(wanted), config, tensors)
+        model = base_model(str(wanted), config, tensors, quantize)
     except BaseModelError as error:
         if need_base or base is not None:
             raise
@@ -79,17 +80,21 @@ def open_adapter(name: str, base: str | None = None, *, need_base: bool = False)
     return Opened(opened, folder, config, str(wanted), True)
 
 
-def base_model(name: str, config: Any, tensors: dict[str, Tensor]) -> nn.Module:
+def base_model(name: str, config: Any, tensors: dict[str, Tensor], quantize: str | None = None) -> nn.Module:
     """The base of an adapter, of the class that its task needs, in the dtype of its files.
 
     tensors: the adapter's, which tell a classifier's number of labels. Raises BaseModelError.
     """
+    from .backends.loading import load_options, require_library
     from .train.bases import _loading, _source, load_config, resolve_base
 
     ref = resolve_base(name)
     settings = load_config(ref)
+    require_library(settings)
     labels = _labels(tensors)
     more: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    if quantize is not None:
+        more |= load_options(quantize, torch.float32)
     cls = model_class(config, settings)
     with _loading(ref):
         source, where = _source(ref)

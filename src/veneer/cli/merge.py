@@ -25,6 +25,12 @@ def merge(
     dtype: Annotated[str | None, typer.Option("--dtype", help="Store as float32, bfloat16 or float16.")] = None,
     sample: Annotated[Path | None, typer.Option("--sample", help="Text to check on, one sample a line.")] = None,
     shards: Annotated[bool, typer.Option("--progress", help="Print each file as it is written.")] = False,
+    into: Annotated[
+        str | None,
+        typer.Option(
+            "--merge-into", help="`original`: the base's own weights; nf4, int8 ...: the base quantised in this way."
+        ),
+    ] = None,
     debug: DebugFlag = False,
 ) -> None:
     """Merge an adapter into its base and write a model folder that loads without veneer."""
@@ -43,11 +49,13 @@ def merge(
 
     show = told if shards else None
     done = merge_to_folder(
-        adapter, out, base, dtype=dtype, safe=safe, tolerance=TOLERANCE, samples=texts, on_shard=show
+        adapter, out, base, dtype=dtype, safe=safe, tolerance=TOLERANCE, samples=texts, on_shard=show, into=into
     )  # fmt: skip
     typer.echo(f"merged model in {out} ({done.certificate.dtype})")
     if not done.streamed:
         typer.echo(f"the base was loaded whole: {done.why}")
+    if done.loss:
+        typer.echo(f"{done.loss}; by layer in merge_errors.json")
     for line in done.certificate.lines():
         typer.echo(line)
 
