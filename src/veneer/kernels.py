@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from .int8 import Int8Weight
+
 __all__ = ["low_rank_linear", "low_rank_reference", "mask_like", "plain_autograd"]
 
 
@@ -47,25 +49,46 @@ def low_rank_reference(
 
 
 def low_rank_linear(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, keep: Tensor | None, rate: float
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    keep: Tensor | None,
+    rate: float,
+    int8: Int8Weight | None = None,
 ) -> Tensor:
-    """low_rank_reference as one autograd node. All tensors have one dtype; `keep` is boolean."""
+    """low_rank_reference as one autograd node. All tensors have one dtype; `keep` is boolean. `int8` stands in for a
+    frozen W in both of its products."""
     if torch.is_grad_enabled():
         if A.requires_grad or W.requires_grad:
-            return _LowRankLinear.apply(x, W, b, A, B, scaling, keep, rate)  # type: ignore[no-any-return]
+            return _LowRankLinear.apply(x, W, b, A, B, scaling, keep, rate, int8)  # type: ignore[no-any-return]
         if x.requires_grad or B.requires_grad or (b is not None and b.requires_grad):
             return low_rank_reference(x, W, b, A, B, scaling, keep, rate)  # a frozen A needs no x kept (LoRA-FA)
     with torch.no_grad():
-        return _forward(x, W, b, A, B, scaling, keep, rate)[0]
+        return _forward(x, W, b, A, B, scaling, keep, rate, int8)[0]
 
 
 def _forward(
-    x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scaling: float, keep: Tensor | None, rate: float
+    x: Tensor,
+    W: Tensor,
+    b: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    keep: Tensor | None,
+    rate: float,
+    int8: Int8Weight | None = None,
 ) -> tuple[Tensor, Tensor]:
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(*x.shape[:-1], W.shape[0])  # returned as it is, not as a view: callers may write into it
     rows = y.view(-1, W.shape[0])
-    if b is None:
+    if int8 is not None:
+        int8.product(x, rows)
+        if b is not None:
+            rows.add_(b)
+    elif b is None:
         torch.mm(flat, W.mT, out=rows)
     else:
         torch.addmm(b, flat, W.mT, out=rows)
@@ -86,9 +109,10 @@ class _LowRankLinear(Function):
         scaling: float,
         keep: Tensor | None,
         rate: float,
+        int8: Int8Weight | None,
     ) -> Tensor:
-        y, h = _forward(x, W, b, A, B, scaling, keep, rate)
-        ctx.scaling, ctx.rate, ctx.has_bias = scaling, rate, b is not None
+        y, h = _forward(x, W, b, A, B, scaling, keep, rate, int8)
+        ctx.int8, ctx.scaling, ctx.rate, ctx.has_bias = int8, scaling, rate, b is not None
         ctx.save_for_backward(x, W, A, B, h, keep)
         return y
 
@@ -102,7 +126,7 @@ class _LowRankLinear(Function):
         gh = (gy @ B).mul_(ctx.scaling / (1 - ctx.rate))
         gx = gW = gb = gA = gB = None
         if need_x:
-            gx = gy @ W
+            gx = gy @ W if ctx.int8 is None else ctx.int8.input_gradient(gy)
             if keep is None:
                 gx.addmm_(gh, A)
             else:
@@ -116,7 +140,7 @@ class _LowRankLinear(Function):
             gW = gy.mT @ flat
         if ctx.has_bias and need_b:
             gb = gy.sum(0)
-        return gx, gW, gb, gA, gB, None, None, None
+        return gx, gW, gb, gA, gB, None, None, None, None
 
 
 def _differentiable(
@@ -133,4 +157,4 @@ def _differentiable(
     gb = gy.sum(0) if ctx.has_bias and need_b else None
     gA = gh.reshape(-1, gh.shape[-1]).mT @ flat if need_A else None
     gB = gy.mT @ (flat @ A.mT) * ctx.scaling if need_B else None
-    return gx, gW, gb, gA, gB, None, None, None
+    return gx, gW, gb, gA, gB, None, None, None, None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_train import write_jsonl
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from tiny_train import plan_of, recipe_for, write_jsonl
+from transformers import AutoModel, AutoTokenizer
 
-from veneer.train import DataError, RecipeError, load_recipe, run
-from veneer.train.data import load_tables
-from veneer.train.tasks import Plan, task_of
+from veneer.train import DataError, RecipeError, run
 from veneer.train.tasks.base import Plan as PlanClass
 from veneer.train.tasks.embedding import Embedding, EmbeddingOptions, _retrieval
 
@@ -25,22 +24,7 @@ PAIRS = [{key: row[key] for key in ("anchor", "positive")} for row in TRIPLES]
 SCORED = [{**row, "score": score} for row, score in zip(PAIRS, (0.9, 0.1, 0.5))]
 
 
-def recipe_of(path: Path, base: Path, **more: Any) -> Any:
-    given: dict[str, Any] = {
-        "task": "embedding",
-        "base": str(base),
-        "data": {"train": str(path), "test": str(path)},
-        "adapter": {"r": 8, "target_modules": "all-linear"},
-        "out": str(path.parent / "out"),
-    }
-    return load_recipe(None, **{**given, **more})
-
-
-def plan_of(recipe: Any) -> Plan:
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
-    base = recipe.base.name
-    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
-    return task_of(recipe).plan(recipe, train, test, tokenizer, config)
+recipe_of = partial(recipe_for, "embedding")
 
 
 def batch_of(rows: list[dict[str, Any]], base: Path, tmp_path: Path, task: Embedding) -> dict[str, torch.Tensor]:

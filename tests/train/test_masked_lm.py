@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_train import write_jsonl
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from tiny_train import plan_of, recipe_for, write_jsonl
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-from veneer.train import DataError, RecipeError, load_recipe, run
-from veneer.train.data import load_tables
+from veneer.train import DataError, RecipeError, run
 from veneer.train.encode import IGNORE
 from veneer.train.masking import mask_row
-from veneer.train.tasks import Plan, task_of
+from veneer.train.tasks import task_of
 
 TEXTS = ["anna in paris .", "bob in rome .", "anna in paris the bob .", "bob in rome the anna ."]
 
 
-def recipe_of(path: Path, base: Path, **more: Any) -> Any:
-    given: dict[str, Any] = {
-        "task": "masked-lm",
-        "base": str(base),
-        "data": {"train": str(path), "test": str(path)},
-        "adapter": {"r": 8, "target_modules": "all-linear"},
-        "out": str(path.parent / "out"),
-    }
-    return load_recipe(None, **{**given, **more})
-
-
-def plan_of(recipe: Any) -> Plan:
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
-    base = recipe.base.name
-    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
-    return task_of(recipe).plan(recipe, train, test, tokenizer, config)
+recipe_of = partial(recipe_for, "masked-lm")
 
 
 @pytest.fixture

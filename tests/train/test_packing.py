@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_train import chat, write_jsonl
+from tiny_train import chat, plan_of, recipe_for, write_jsonl
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GPT2Config,
@@ -19,30 +18,15 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from veneer.train import BaseModelError, RecipeError, load_recipe, run
-from veneer.train.data import load_tables
+from veneer.train import BaseModelError, RecipeError, run
 from veneer.train.encode import IGNORE
 from veneer.train.packing import check_packing, chunk, pack, place_rows
-from veneer.train.tasks import Plan, task_of
+from veneer.train.tasks import task_of
 
 
 def recipe_of(path: Path, base: Path, **more: Any) -> Any:
-    given: dict[str, Any] = {
-        "task": "causal-lm",
-        "base": str(base),
-        "data": {"train": str(path), "max_length": 64},
-        "adapter": {"r": 4, "target_modules": "all-linear"},
-        "options": {"packing": "pack"},
-        "out": str(path.parent / "out"),
-    }
-    return load_recipe(None, **{**given, **more})
-
-
-def plan_of(recipe: Any) -> Plan:
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
-    base = recipe.base.name
-    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
-    return task_of(recipe).plan(recipe, train, test, tokenizer, config)
+    given: dict[str, Any] = {"data": {"train": str(path), "max_length": 64}, "options": {"packing": "pack"}}
+    return recipe_for("causal-lm", path, base, **{**given, **more})
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_train import write_jsonl
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tiny_train import plan_of, recipe_for, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from veneer import LoraConfig, get_peft_model
-from veneer.train import DataError, RecipeError, load_recipe, run
-from veneer.train.data import load_tables
+from veneer.train import DataError, RecipeError, run
 from veneer.train.encode import IGNORE
-from veneer.train.tasks import Plan, task_of
+from veneer.train.tasks import task_of
 from veneer.train.tasks.dpo import DPO, DPOOptions, answer_log_probs
 
 USER, YES, NO = (
@@ -34,21 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(path: Path, base: Path, task: str = "dpo", **more: Any) -> Any:
-    given: dict[str, Any] = {
-        "task": task,
-        "base": str(base),
-        "data": {"train": str(path), "test": str(path)},
-        "adapter": {"r": 8, "target_modules": "all-linear"},
-        "out": str(path.parent / "out"),
-    }
-    return load_recipe(None, **{**given, **more})
-
-
-def plan_of(recipe: Any) -> Plan:
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
-    base = recipe.base.name
-    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
-    return task_of(recipe).plan(recipe, train, test, tokenizer, config)
+    return recipe_for(task, path, base, **more)
 
 
 @pytest.fixture

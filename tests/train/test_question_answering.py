@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_train import write_jsonl
-from transformers import AutoConfig, AutoModelForQuestionAnswering, AutoTokenizer
+from tiny_train import plan_of, recipe_for, write_jsonl
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
-from veneer.train import DataError, RecipeError, load_recipe, run
-from veneer.train.data import load_tables
+from veneer.train import DataError, RecipeError, run
 from veneer.train.qa_spans import Window, answer_list, best_span, span_scores, windows_of
-from veneer.train.tasks import Plan, task_of
+from veneer.train.tasks import task_of
 
 CONTEXTS = ["anna in paris . bob in rome .", "bob in paris . anna in rome .", "the bob . anna in paris ."]
 ROWS = [
@@ -24,23 +24,7 @@ ROWS = [
 NONE: dict[str, Any] = {"question": "anna", "context": "the bob in rome", "answers": {"text": [], "answer_start": []}}
 
 
-def recipe_of(path: Path, base: Path, **more: Any) -> Any:
-    given: dict[str, Any] = {
-        "task": "question-answering",
-        "base": str(base),
-        "data": {"train": str(path), "test": str(path)},
-        "adapter": {"r": 8, "target_modules": "all-linear"},
-        "options": {"stride": 2},
-        "out": str(path.parent / "out"),
-    }
-    return load_recipe(None, **{**given, **more})
-
-
-def plan_of(recipe: Any) -> Plan:
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
-    base = recipe.base.name
-    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
-    return task_of(recipe).plan(recipe, train, test, tokenizer, config)
+recipe_of = partial(recipe_for, "question-answering", options={"stride": 2})
 
 
 def test_every_window_marks_its_answer_or_none(bert: Path, tmp_path: Path) -> None:

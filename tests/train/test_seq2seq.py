@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_train import write_jsonl
-from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+from tiny_train import plan_of, recipe_for, write_jsonl
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from veneer.train import RecipeError, load_recipe, run
-from veneer.train.data import load_tables
+from veneer.train import RecipeError, run
 from veneer.train.encode import IGNORE
 from veneer.train.generate import translate
-from veneer.train.tasks import Plan, task_of
+from veneer.train.tasks import task_of
 from veneer.train.text_scores import answer_scores, summary_scores, translation_scores
 
 PAIRS = [("one two", "red green"), ("two one", "green red"), ("three", "blue"), ("one three two", "red blue green")]
@@ -26,22 +26,7 @@ def pairs(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "pairs.jsonl", [{"source": a, "target": b} for a, b in PAIRS])
 
 
-def recipe_of(path: Path, base: Path, **more: Any) -> Any:
-    given: dict[str, Any] = {
-        "task": "seq2seq",
-        "base": str(base),
-        "data": {"train": str(path), "test": str(path)},
-        "adapter": {"r": 16, "lora_alpha": 64, "target_modules": "all-linear"},
-        "out": str(path.parent / "out"),
-    }
-    return load_recipe(None, **{**given, **more})
-
-
-def plan_of(recipe: Any) -> Plan:
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
-    base = recipe.base.name
-    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
-    return task_of(recipe).plan(recipe, train, test, tokenizer, config)
+recipe_of = partial(recipe_for, "seq2seq", adapter={"r": 16, "lora_alpha": 64, "target_modules": "all-linear"})
 
 
 def test_sources_have_their_prefix_and_targets_their_end(pairs: Path, t5: Path) -> None:

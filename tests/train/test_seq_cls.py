@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_train import write_jsonl
-from transformers import AutoConfig, AutoTokenizer
+from tiny_train import plan_of, recipe_for, write_jsonl
+from transformers import AutoTokenizer
 
-from veneer.train import DataError, RecipeError, load_recipe, run
-from veneer.train.data import load_tables
+from veneer.train import DataError, RecipeError, run
 from veneer.train.label_scores import class_scores, number_scores, set_scores
-from veneer.train.tasks import Plan, task_of
 
 PLACES = ["anna in paris", "bob in rome", "the par", "anna in rome .", "bob in paris .", "rome the bob"]
 FAST = {"learning_rate": 0.02, "num_train_epochs": 20, "per_device_train_batch_size": 4, "use_cpu": True}
@@ -27,23 +26,7 @@ def rows_of(label: Any, pair: bool = False) -> list[dict[str, Any]]:
     return [{"text": text, **second, "label": label(text)} for text in PLACES]
 
 
-def recipe_of(path: Path, base: Path, **more: Any) -> Any:
-    given: dict[str, Any] = {
-        "task": "seq-cls",
-        "base": str(base),
-        "data": {"train": str(path), "test": str(path)},
-        "adapter": {"r": 8, "target_modules": "all-linear"},
-        "train": FAST,
-        "out": str(path.parent / "out"),
-    }
-    return load_recipe(None, **{**given, **more})
-
-
-def plan_of(recipe: Any) -> Plan:
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
-    base = recipe.base.name
-    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
-    return task_of(recipe).plan(recipe, train, test, tokenizer, config)
+recipe_of = partial(recipe_for, "seq-cls", train=FAST)
 
 
 KINDS = {

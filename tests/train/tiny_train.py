@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+
+from veneer.train import Recipe, load_recipe
+from veneer.train.data import load_tables
+from veneer.train.tasks import Plan, task_of
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
@@ -49,3 +53,23 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 def chat(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def recipe_for(task: str, path: Path, base: Path, **more: Any) -> Recipe:
+    """A recipe that trains and tests a small LoRA on the rows of one file; ``more`` replaces whole sections."""
+    given: dict[str, Any] = {
+        "task": task,
+        "base": str(base),
+        "data": {"train": str(path), "test": str(path)},
+        "adapter": {"r": 8, "target_modules": "all-linear"},
+        "out": str(path.parent / "out"),
+    }
+    return load_recipe(None, **{**given, **more})
+
+
+def plan_of(recipe: Recipe) -> Plan:
+    """What the recipe's task makes of its rows."""
+    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
+    base = recipe.base.name
+    tokenizer, config = AutoTokenizer.from_pretrained(base), AutoConfig.from_pretrained(base)
+    return task_of(recipe).plan(recipe, train, test, tokenizer, config)

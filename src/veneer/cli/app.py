@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from veneer.cli.arithmetic import combine, convert, extract, resize
 from veneer.cli.chat import chat
+from veneer.cli.check import check
 from veneer.cli.errors import DebugFlag, friendly_errors
 from veneer.cli.evaluate import evaluate
 from veneer.cli.export import export
@@ -18,6 +19,7 @@ from veneer.cli.generate import generate
 from veneer.cli.inspect import diff, inspect
 from veneer.cli.merge import merge
 from veneer.cli.methods import methods
+from veneer.cli.plan import plan
 from veneer.cli.predict import predict
 from veneer.cli.quickstart import quickstart
 from veneer.cli.run_as_peft import NAME, run_as_peft
@@ -70,6 +72,7 @@ def root(
 
 for command in (
     quickstart,
+    plan,
     train,
     chat,
     generate,
@@ -83,6 +86,7 @@ for command in (
     convert,
     extract,
     export,
+    check,
     serve,
 ):
     app.command()(command)

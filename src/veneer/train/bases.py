@@ -53,6 +53,7 @@ class BaseRef:
     revision: str | None = None
     dtype: str | None = None
     trust_remote_code: bool = False
+    quantize: str | None = None
 
 
 def resolve_base(spec: BaseSpec | str) -> BaseRef:
@@ -68,6 +69,7 @@ def resolve_base(spec: BaseSpec | str) -> BaseRef:
         "revision": spec.revision,
         "dtype": spec.dtype,
         "trust_remote_code": spec.trust_remote_code,
+        "quantize": spec.quantize,
     }
     path = Path(spec.name).expanduser()
     if spec.name.lower() in BUNDLED and not path.exists():
@@ -155,6 +157,11 @@ def _loading(ref: BaseRef) -> Iterator[None]:
     try:
         with quiet():
             yield
+    except RuntimeError as error:
+        if ref.quantize is None:
+            raise
+        hint = "int4-torchao takes inputs in multiples of 32; nf4 takes any number."
+        raise BaseModelError(f"cannot quantise {ref.name} as {ref.quantize}: {error}", hint=hint) from error
     except (OSError, ValueError) as error:
         if isinstance(error, BaseModelError):
             raise
@@ -216,8 +223,10 @@ def load_base(
     Raises:
         BaseModelError: the weights cannot be loaded, or a language model has no head of its own.
     """
+    import torch
     import transformers
 
+    from veneer.backends.loading import load_options, to_hqq
     from veneer.train.tasks import task_class
 
     kind = task_class(task)
@@ -226,15 +235,21 @@ def load_base(
         options |= {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     with _loading(ref):
         source, more = _source(ref)
+        packed = None if meta else ref.quantize
+        placed: dict[str, Any] = {"device_map": "meta" if meta else None}
+        if packed is not None:
+            placed |= load_options(packed, getattr(torch, ref.dtype or "float32"))
         model, info = getattr(transformers, kind.auto_class).from_pretrained(
             source,
             dtype=ref.dtype or "float32",
             output_loading_info=True,
-            device_map="meta" if meta else None,
+            **placed,
             ignore_mismatched_sizes=bool({"id2label", "num_labels"} & options.keys()),
             **options,
             **more,
         )
+        if packed == "hqq":
+            to_hqq(model)
     model.fresh_modules = _fresh_modules(ref, model, task, info)
     # an adapter records its base by the name a user gave, not by a folder of the cache
     model.name_or_path = model.config._name_or_path = ref.name

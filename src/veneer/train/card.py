@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,36 @@ model, tokenizer = loaded.model, loaded.tokenizer
 The files are in peft's format: `PeftModel.from_pretrained(base_model, ".")` reads them too."""
 
 
+def _origins(result: RunResult) -> list[tuple[str, str]]:
+    """The base and the data files, so that they can be told from others: file, size and SHA-256."""
+    from veneer.base_mark import read_mark
+    from veneer.files import SAFE_NAME
+    from veneer.train.data import locate
+    from veneer.train.errors import DataError
+
+    rows = []
+    tensors = Path(result.adapter_dir) / SAFE_NAME
+    mark = read_mark(tensors) if tensors.is_file() else None
+    if mark is not None:
+        revision = f", revision {mark['revision']}" if mark["revision"] else ""
+        rows.append(
+            (f"base {result.recipe.base.name}{revision}", f"{mark['hash']} (of {len(mark['weights'])} weights)")
+        )
+    data = result.recipe.data
+    for what, name in (("training data", data.train), ("test data", data.test)):
+        try:
+            path = None if name is None else locate(name, what)
+        except DataError:
+            path = None  # it has moved since
+        if path is not None and path.is_file():
+            digest = hashlib.sha256()
+            with path.open("rb") as f:
+                while part := f.read(1 << 20):
+                    digest.update(part)
+            rows.append((f"{what} {path.name}, {path.stat().st_size} bytes", f"sha256 {digest.hexdigest()}"))
+    return rows
+
+
 def render_card(result: RunResult) -> str:
     """The card as Markdown with the hub's YAML header. An unknown licence is left for the user to state."""
     recipe = result.recipe
@@ -86,6 +117,9 @@ def render_card(result: RunResult) -> str:
     if metrics:
         parts += ["## Held-out scores\n", _table(("metric", "base", "tuned"), metrics) + "\n"]
     parts += ["## Settings\n", _table(("setting", "value"), settings) + "\n"]
+    origins = _origins(result)
+    if origins:
+        parts += ["## Where it comes from\n", _table(("what", "fingerprint"), origins) + "\n"]
     if recipe.base.name.lower() not in LICENCES:
         parts += ["## Licence\n", "The base model's licence applies to it. State this adapter's own here.\n"]
     return "\n".join(parts)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from veneer.train import fields
 from veneer.train.errors import DataError, RecipeError, nearest
+from veneer.train.new_tokens import check_tokens
 from veneer.train.recipe import Recipe
 
 __all__ = ["check_recipe"]
@@ -128,6 +129,7 @@ def _check_adapter(recipe: Recipe) -> None:
         raise recipe.error("adapter", "method", problem=problem, near=near, hint=hint)
     options = recipe.adapter.options
     fields.check_options(cls, options, "adapter", recipe._source, owned=fields.OWNED_ADAPTER)
+    check_tokens(recipe, cls)
     try:
         cls(**options)
     except (ValueError, TypeError, ImportError) as error:

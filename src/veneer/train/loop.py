@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.train import initial
-from veneer.train.allocator import keep_blocks
+from veneer.train.attempt import Attempt, attempt
 from veneer.train.bases import load_base, quiet, safe_pad
 from veneer.train.checks import check_recipe
+from veneer.train.new_tokens import add_tokens, make_rows
 from veneer.train.prepare import Parts, adapter_config, model_options, prepare
 from veneer.train.purpose import purpose_of, write_purpose
 from veneer.train.recipe import Recipe
-from veneer.train.result import RunResult, Sample, describe_machine, whole_folder, write_result
+from veneer.train.result import RunResult, Sample, describe_machine, write_result
 from veneer.train.tasks import Outcome, Plan
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ def run(
     """Train an adapter as the recipe says and write `recipe.out` whole, or not at all.
 
     The folder gets `adapter/` (adapter and tokenizer), `log.jsonl`, `result.json`, `recipe.yaml`, and
-    `merged/` where `recipe.merge` is set.
+    `merged/` where `recipe.merge` is set. A run that was cut short goes on from its last whole checkpoint when it is
+    called again with the same recipe and rows, and ends as if nothing had happened.
 
     Args:
         callbacks: transformers callbacks; a log line carries tokens_per_second, peak_memory_mb and eta.
@@ -46,13 +47,12 @@ def run(
         RecipeError: (DataError, BaseModelError) before any weight is loaded, wherever that can be told.
     """
     check_recipe(recipe)
-    out = Path(recipe.out).absolute()
-    with whole_folder(out) as folder:
-        parts = prepare(recipe, folder)
-        for note in parts.notes:
+    with attempt(recipe) as now:
+        parts = prepare(recipe, now.checkpoints)
+        for note in (*now.notes, *parts.notes):
             _say(console, note)
-        result = _train(recipe, parts, callbacks, console, folder, out)
-        write_result(result, folder)
+        result = _train(recipe, parts, callbacks, console, now)
+        write_result(result, now.folder)
     return result
 
 
@@ -66,42 +66,35 @@ def _train(
     parts: Parts,
     callbacks: Sequence[TrainerCallback],
     console: Console | None,
-    folder: Path,
-    out: Path,
+    now: Attempt,
 ) -> RunResult:
     import transformers
 
-    from veneer import get_peft_model
-    from veneer.fused import base_kernels
+    from veneer.prepare import prepare_model_for_kbit_training
 
     task, plan, args = parts.task, parts.plan, parts.args
     transformers.set_seed(recipe.seed)
     model, tokenizer = load_base(parts.ref, recipe.task, **model_options(plan))
+    make_rows(model, add_tokens(recipe, tokenizer))
     _pad(model, tokenizer, parts, console)
-    model.to(args.device)
+    if parts.ref.quantize is None:
+        model.to(args.device)
+    else:  # it lies where it was quantised
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer sees to that
     task.check_model(model, plan)
-    before = _measure(recipe, parts, model, tokenizer, console, "the base model")
-    transformers.set_seed(recipe.seed)
-    config = adapter_config(recipe, model, parts)
-    collate = task.collator(tokenizer, 1 if args.device.type == "cpu" else 8, recipe.seed)
-    try:
-        initial.prepare(model, config, task, plan.train, collate, args, console is not None)
-        model = get_peft_model(model, config)
-        initial.initialise(model, config, plan.train, collate, args, console is not None)
-    except ValueError as error:
-        raise recipe.error("adapter", problem=str(error)) from error
+    before = now.load_before()
+    if before is None:
+        before = _measure(recipe, parts, model, tokenizer, console, "the base model")
+        now.save_before(before)
+    model, collate = _adapt(recipe, parts, model, tokenizer, console)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     _say(console, f"Training {trainable:,} of {total:,} parameters on {len(plan.train)} rows.")
     trainer = _trainer(recipe, parts, model, tokenizer, collate, callbacks)
-    if args.device.type == "cpu":
-        keep_blocks()
-    start = time.monotonic()
-    with base_kernels(model) if recipe.base.kernels else nullcontext():
-        trainer.train()
-    seconds = time.monotonic() - start
+    seconds = _run(recipe, parts, trainer, now, console)
     after = _measure(recipe, parts, model, tokenizer, console, "the tuned model")
-    _save_adapter(recipe, model, tokenizer, plan, folder)
+    _save_adapter(recipe, model, tokenizer, plan, now.folder)
+    out = Path(recipe.out).absolute()
     return RunResult(
         out=str(out),
         task=recipe.task,
@@ -115,10 +108,45 @@ def _train(
         trainable_params=trainable,
         total_params=total,
         adapter_dir=str(out / "adapter"),
-        merged_dir=str(out / "merged") if _merge(recipe, model, tokenizer, folder, parts, console) else None,
+        merged_dir=str(out / "merged") if _merge(recipe, model, tokenizer, now.folder, parts, console) else None,
         machine=describe_machine(args.device),
         notes=parts.notes,
     )
+
+
+def _adapt(recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, console: Console | None) -> tuple[Any, Any]:
+    """The model with its adapter, from the recipe's seed on, and what makes batches."""
+    import transformers
+
+    from veneer import get_peft_model
+
+    task, plan, args = parts.task, parts.plan, parts.args
+    transformers.set_seed(recipe.seed)
+    config = adapter_config(recipe, model, parts)
+    collate = task.collator(tokenizer, 1 if args.device.type == "cpu" else 8, recipe.seed)
+    try:
+        initial.prepare(model, config, task, plan.train, collate, args, console is not None)
+        model = get_peft_model(model, config)
+        initial.initialise(model, config, plan.train, collate, args, console is not None)
+    except ValueError as error:
+        raise recipe.error("adapter", problem=str(error)) from error
+    return model, collate
+
+
+def _run(recipe: Recipe, parts: Parts, trainer: TaskTrainer, now: Attempt, console: Console | None) -> float:
+    """Train, from the last checkpoint on if there is one; the seconds, those of earlier attempts included."""
+    from veneer.train.checkpoints import Autosave
+    from veneer.train.faster import faster_base
+
+    args = trainer.args
+    if now.automatic:
+        trainer.add_callback(Autosave())
+        args.save_total_limit = 2
+    start = time.monotonic()
+    with faster_base(recipe, parts, trainer.model, trainer.data_collator, lambda text: _say(console, text)):
+        args.restore_callback_states_from_checkpoint = now.last is not None
+        trainer.train(resume_from_checkpoint=None if now.last is None else str(now.last))
+    return time.monotonic() - start + trainer.earlier.seconds
 
 
 def _pad(model: Any, tokenizer: Any, parts: Parts, console: Console | None) -> None:
@@ -199,6 +227,8 @@ def _merge(recipe: Recipe, model: Any, tokenizer: Any, folder: Path, parts: Part
     """Write `merged/` if asked for; a method without a merged form costs a note, not the trained adapter."""
     if not recipe.merge:
         return False
+    if recipe.base.quantize is not None:
+        return _merge_into_original(folder, parts, console)
     try:
         merged = model.merge_and_unload()
     except (NotImplementedError, ValueError) as error:
@@ -209,4 +239,17 @@ def _merge(recipe: Recipe, model: Any, tokenizer: Any, folder: Path, parts: Part
         merged.save_pretrained(str(folder / "merged"))
     tokenizer.save_pretrained(str(folder / "merged"))
     write_purpose(purpose_of(recipe, parts.plan), folder / "merged")
+    return True
+
+
+def _merge_into_original(folder: Path, parts: Parts, console: Console | None) -> bool:
+    """As `_merge` for a base that was quantised to train on: into its files' own weights, which lose nothing."""
+    from veneer.export.merging import merge_to_folder
+
+    try:
+        merge_to_folder(str(folder / "adapter"), folder / "merged")
+    except (NotImplementedError, ValueError) as error:
+        parts.notes.append(f"Not merged: {error}")
+        _say(console, parts.notes[-1])
+        return False
     return True

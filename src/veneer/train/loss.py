@@ -16,7 +16,7 @@ import torch
 from veneer.train.encode import IGNORE
 from veneer.train.head_loss import LogitsChange, chunked_head
 
-__all__ = ["labelled_logits", "labelled_loss", "own_loss", "takes_labelled_rows"]
+__all__ = ["base_of", "labelled_logits", "labelled_loss", "own_loss", "takes_labelled_rows"]
 
 Batch = dict[str, torch.Tensor]
 
@@ -39,7 +39,7 @@ def labelled_loss(model: torch.nn.Module, batch: Batch, items: torch.Tensor | fl
     The whole model runs as it is, adapters and all; only the hidden states that enter its head are replaced
     by those one place before a label, and the model's own loss function gets those labels.
     """
-    base = _base(model)
+    base = base_of(model)
     if not takes_labelled_rows(base):
         return own_loss(model, batch, items, shifted=True)
     targets = batch["labels"][:, 1:]
@@ -59,7 +59,7 @@ def labelled_logits(model: torch.nn.Module, batch: Batch, shifted: bool) -> tupl
     ``shifted`` says that a label is predicted one place earlier.
     """
     rest = {key: value for key, value in batch.items() if key != "labels"}
-    labels, base = batch["labels"], _base(model)
+    labels, base = batch["labels"], base_of(model)
     targets = labels[:, 1:] if shifted else labels
     wanted = targets != IGNORE
     if _has_head(base):
@@ -106,7 +106,8 @@ def takes_labelled_rows(base: torch.nn.Module) -> bool:
     return inspect.Parameter.VAR_KEYWORD in kinds
 
 
-def _base(model: torch.nn.Module) -> Any:
+def base_of(model: torch.nn.Module) -> Any:
+    """The base of an adapted model, wrapped by accelerate or not; another model itself."""
     from accelerate.utils import extract_model_from_parallel
 
     from veneer import PeftModel

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veneer.available import has
+from veneer.backends.loading import QUANTISED
 from veneer.train import fields
 from veneer.train.bases import BaseRef, load_config, load_tokenizer, resolve_base
 from veneer.train.data import load_tables
 from veneer.train.errors import DataError
+from veneer.train.new_tokens import add_tokens, train_rows
 from veneer.train.recipe import Recipe
 from veneer.train.tasks import Plan, Task, task_class, task_of
 
@@ -22,7 +25,7 @@ __all__ = ["Parts", "adapter_config", "model_options", "prepare"]
 
 @dataclass
 class Parts:
-    """What a run works with once its inputs are read and before its weights are."""
+    """What a run works with once its inputs are read and before its weights are. ``tokens``: ids of new ones."""
 
     ref: BaseRef
     task: Task
@@ -31,32 +34,40 @@ class Parts:
     tokenizer: Any
     args: TrainingArguments
     notes: list[str]
+    tokens: list[int] = field(default_factory=list)
 
 
-def prepare(recipe: Recipe, folder: Path) -> Parts:
+def prepare(recipe: Recipe, checkpoints: Path) -> Parts:
     """Everything that can fail without weights, in the order in which it is cheap to find out."""
     from veneer.train.trainer import log_every, training_arguments
 
     task = task_of(recipe)
-    args = training_arguments(recipe, str(folder / "checkpoints"))
+    args = training_arguments(recipe, str(checkpoints))
     train, test = load_tables(recipe.data, recipe.task, recipe.seed)
     if "logging_steps" not in recipe.train:
         args.logging_steps = log_every(args, len(train))
     ref = resolve_base(recipe.base)
+    if recipe.base.quantize is not None and not has(QUANTISED[recipe.base.quantize]):
+        problem = f"{recipe.base.quantize} needs {QUANTISED[recipe.base.quantize]}, which is not installed"
+        raise recipe.error("base", "quantize", problem=problem, hint="Run `pip install 'veneer[quant]'`.")
     config, tokenizer = load_config(ref), load_tokenizer(ref, task.whole_words)
+    tokens = add_tokens(recipe, tokenizer)
     plan = task.plan(recipe, train, test, tokenizer, config)
     if args.eval_strategy != "no" and plan.test is None:
         hint = "Set `data.test`, `data.validation` or `data.split`."
         raise recipe.error("train", "eval_strategy", problem="there are no test rows", hint=hint)
-    _check_vocabulary(plan, config, ref)
+    _check_vocabulary(plan, config, ref, tokens)
     notes = list(plan.notes)
     if plan.test is None:
         notes.append("No test rows: nothing is measured. Set `data.test` or `data.split`.")
-    return Parts(ref, task, plan, config, tokenizer, args, notes)
+    if tokens:
+        named = ", ".join(f"{token} ({number})" for token, number in zip(recipe.tokens, tokens, strict=True))
+        notes.append(f"New tokens, which start at the mean of the others: {named}.")
+    return Parts(ref, task, plan, config, tokenizer, args, notes, tokens)
 
 
-def _check_vocabulary(plan: Plan, config: Any, ref: BaseRef) -> None:
-    size = config.get_text_config().vocab_size
+def _check_vocabulary(plan: Plan, config: Any, ref: BaseRef, new: list[int]) -> None:
+    size = max([config.get_text_config().vocab_size, *(token + 1 for token in new)])
     names = [name for name in plan.train.column_names if name.endswith("input_ids")]
     highest = max(max(row) for name in names for row in plan.train[name])
     if highest >= size:
@@ -76,8 +87,9 @@ def adapter_config(recipe: Recipe, model: Any, parts: Parts) -> Any:
     assert cls is not None  # check_recipe has seen it
     config = cls(**recipe.adapter.options, task_type=task_class(recipe.task).task_type)
     config.base_model_name_or_path, config.revision = parts.ref.name, parts.ref.revision
-    if model.fresh_modules and "modules_to_save" in {field.name for field in dataclasses.fields(cls)}:
+    if model.fresh_modules and "modules_to_save" in {item.name for item in dataclasses.fields(cls)}:
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *model.fresh_modules})
+    train_rows(config, model, parts.tokens)
     if recipe.merge and config.is_prompt_learning:
         problem = f"{recipe.adapter.method} adds virtual tokens and cannot be merged into the weights"
         raise recipe.error("merge", problem=problem, hint="Set `merge: false`.")

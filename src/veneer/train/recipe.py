@@ -35,7 +35,9 @@ class _Section(BaseModel):
 class BaseSpec(_Section):
     """The base model: a bundled name, a local folder, a .gguf file or a hub id.
 
-    ``kernels``: do its norms, rotary embeddings and gates in fewer passes while it trains (fused.py).
+    ``quantize``: hold its linear layers in 4 or 8 bits while it trains (backends/loading.py). ``kernels``: do its
+    norms, rotary embeddings and gates in fewer passes while it trains (fused.py). ``matmul``: `int8` multiplies by the
+    frozen weights in 8-bit integers while it trains, near to the same numbers and faster on CPUs made for it (int8.py).
     """
 
     name: str
@@ -43,7 +45,9 @@ class BaseSpec(_Section):
     gguf_file: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     trust_remote_code: bool = False
+    quantize: Literal["nf4", "fp4", "int8", "int8-torchao", "int4-torchao", "hqq"] | None = None
     kernels: bool = True
+    matmul: Literal["float", "int8"] = "float"
 
 
 class DataSpec(_Section):
@@ -97,7 +101,8 @@ class EvalSpec(_Section):
 class Recipe(_Section):
     """One training run. ``out`` is a folder; it is written whole or not at all.
 
-    ``options`` are the task's own: the fields of its Options class.
+    ``options`` are the task's own: the fields of its Options class. ``tokens`` are added to the vocabulary and their
+    rows trained.
     """
 
     task: str
@@ -105,6 +110,7 @@ class Recipe(_Section):
     base: BaseSpec
     data: DataSpec
     adapter: AdapterSpec = Field(default_factory=AdapterSpec)
+    tokens: list[str] = Field(default_factory=list)
     train: dict[str, Any] = Field(default_factory=dict)
     eval: EvalSpec = Field(default_factory=EvalSpec)
     out: str = "out"

@@ -8,7 +8,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,14 +79,19 @@ def write_result(result: RunResult, folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, keep: Callable[[], bool] = lambda: False) -> Iterator[Path]:
     """A folder beside ``out`` to write into: it takes ``out``'s name at the end, or goes if anything fails.
 
-    A folder that already has the name makes way only once the new one is complete.
+    A folder that already has the name makes way only once the new one is complete. The folder beside keeps its name
+    from one process to the next; where writing fails and ``keep`` says so, it stays.
     """
-    beside = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    aside = out.with_name(f".{out.name}.{os.getpid()}.old")
-    beside.mkdir(parents=True)
+    beside, aside = out.with_name(f".{out.name}.partial"), out.with_name(f".{out.name}.old")
+    if aside.exists():  # an earlier process was killed between the two renames below, or after them
+        if out.exists():
+            shutil.rmtree(aside)
+        else:
+            os.replace(aside, out)
+    beside.mkdir(parents=True, exist_ok=True)
     done = False
     try:
         yield beside
@@ -98,7 +103,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
         if done:
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            shutil.rmtree(beside, ignore_errors=True)
+            if not keep():
+                shutil.rmtree(beside, ignore_errors=True)
             if aside.exists() and not out.exists():
                 os.replace(aside, out)
 

@@ -17,8 +17,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import rotate_checkpoints
 
+from veneer import schedule
 from veneer.model import PeftModel
+from veneer.train.checkpoints import WRITE_ERRORS, Changes, Progress, cannot_write, seal
 from veneer.train.optimizer import OptimizerOptions, make_optimizer, without_optimizer
 from veneer.train.recipe import Recipe
 from veneer.train.result import peak_memory_mb
@@ -77,6 +80,19 @@ class _Epochs(TrainerCallback):
         self.task.begin_epoch(self.collate, int((state.epoch or 0) + 1e-6))
 
 
+class _Resumed(TrainerCallback):
+    """Gives the trainer back the part of a logged loss that the earlier attempt had summed up."""
+
+    def __init__(self, trainer: TaskTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        earlier = self.trainer.earlier
+        if earlier.step:
+            self.trainer._tr_loss += earlier.loss
+            self.trainer._globalstep_last_logged = earlier.logged
+
+
 class TaskTrainer(Trainer):
     """Trainer that asks the task for its loss and logs tokens per second, peak memory and the time left.
 
@@ -95,6 +111,7 @@ class TaskTrainer(Trainer):
         self.task = task
         self.measure = measure
         self.add_callback(_Epochs(task, self.data_collator))
+        self.add_callback(_Resumed(self))
         self.optimizer_options = optimizer_options or OptimizerOptions()
         # the task's losses are sums over the whole step's labels, divided by their number
         self.model_accepts_loss_kwargs = True
@@ -102,6 +119,9 @@ class TaskTrainer(Trainer):
         self._tokens: torch.Tensor | int = 0
         self._marks = (0, 0.0)
         self._began = 0.0
+        #: where an earlier attempt had come to
+        self.earlier = Progress()
+        self.changes = Changes(self.accelerator.unwrap_model(self.model))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
 
@@ -170,8 +190,8 @@ class TaskTrainer(Trainer):
         """Add this machine's numbers to a training log line."""
         if "loss" in logs and self._began:
             now, tokens = time.monotonic(), self.tokens
-            before, when = self._marks if self._marks[1] else (0, self._began)
-            done, left = self.state.global_step, self.state.max_steps - self.state.global_step
+            before, when = self._marks if self._marks[1] else (self.earlier.tokens, self._began)
+            done, left = self.state.global_step - self.earlier.step, self.state.max_steps - self.state.global_step
             logs["tokens_per_second"] = (tokens - before) / max(now - when, 1e-9)
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
             logs["eta"] = (now - self._began) / max(done, 1) * left
@@ -186,15 +206,48 @@ class TaskTrainer(Trainer):
             if isinstance(self.processing_class, PreTrainedTokenizerBase):
                 self.processing_class.save_pretrained(folder)
 
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """A checkpoint that counts once it is complete; only then do older ones make way.
+
+        Raises:
+            RecipeError: it cannot be written. What was written of it is removed, earlier ones stay.
+        """
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self.changes.save(self.accelerator.unwrap_model(self.model), folder)
+                self._progress().write(folder)
+                seal(folder)
+        except WRITE_ERRORS as error:
+            raise cannot_write(folder, error) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.args.should_save:
+            rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint)
+
+    def _progress(self) -> Progress:
+        seconds = self.earlier.seconds + (time.monotonic() - self._began if self._began else 0.0)
+        loss, logged = float(self._tr_loss), self._globalstep_last_logged
+        return Progress(self.state.global_step, self.tokens, seconds, loss, logged, self.control.should_training_stop)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         inner = self.accelerator.unwrap_model(self.model if model is None else model)
-        inner.load_adapter(resume_from_checkpoint, inner.active_adapter, is_trainable=True)
+        folder = Path(resume_from_checkpoint)
+        if not self.changes.load(inner, folder):
+            inner.load_adapter(resume_from_checkpoint, inner.active_adapter, is_trainable=True)
+        elif inner.prompt_configs is None and (folder / schedule.FILE).is_file():
+            schedule.load(inner.base_model, inner.active_adapter, str(folder / schedule.FILE))
+        self.earlier = Progress.read(folder)
+        self._tokens = self.earlier.tokens
+
+    def _run_epoch(self, **more: Any) -> None:  # type: ignore[override]
+        """Trainer's pass over the rows, unless the earlier attempt had come to its end."""
+        if self.earlier.step and (self.earlier.stopped or self.state.global_step >= self.state.max_steps):
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(**more)
 
     def _load_best_model(self) -> None:
-        from safetensors.torch import load_file
-
-        from veneer import set_peft_model_state_dict
-
-        file = Path(str(self.state.best_model_checkpoint)) / "adapter_model.safetensors"
-        tensors = load_file(file, device=str(self.args.device))
-        set_peft_model_state_dict(self.accelerator.unwrap_model(self.model), tensors)
+        self.changes.load(self.accelerator.unwrap_model(self.model), Path(str(self.state.best_model_checkpoint)))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from veneer.train.asking import Asking
     from veneer.train.data import Layout, Table
+    from veneer.train.meta_loss import Loss
     from veneer.train.recipe import Recipe
     from veneer.train.use import Loaded
 
@@ -154,6 +155,15 @@ class Task:
         rest = {key: value for key, value in batch.items() if key != "labels"}
         # a prompt method's virtual tokens come first and have no label
         return model(**rest).logits[:, -batch["labels"].shape[1] :]
+
+    def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
+        """A loss of a batch of that shape on tensors without data, which needs what training's loss needs.
+
+        ``labelled`` is the share of tokens with a label.
+        """
+        from veneer.train.meta_loss import outputs_loss
+
+        return outputs_loss(model, rows, tokens)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """Score a model on the plan's test rows."""

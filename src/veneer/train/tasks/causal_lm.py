@@ -25,6 +25,7 @@ from veneer.train.tasks.base import Outcome, Plan, Task, prompt_problem, text_pr
 if TYPE_CHECKING:
     import torch
 
+    from veneer.train.meta_loss import Loss
     from veneer.train.recipe import Recipe
 
 __all__ = ["CausalLM", "CausalLMOptions"]
@@ -115,6 +116,12 @@ class CausalLM(Task):
             from veneer.train.packing import check_packing
 
             check_packing(model)
+
+    def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
+        """The head's loss in chunks of the labelled tokens."""
+        from veneer.train.meta_loss import vocabulary_loss
+
+        return vocabulary_loss(model, rows, tokens, labelled, chunked=True)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """Loss on the test rows, and greedy answers to their prompts scored against what was expected."""

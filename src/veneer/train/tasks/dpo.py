@@ -14,6 +14,7 @@ from veneer.train.tasks.base import Outcome, Plan, Task, prompt_problem, token_l
 if TYPE_CHECKING:
     import torch
 
+    from veneer.train.meta_loss import Loss
     from veneer.train.recipe import Recipe
 
 __all__ = ["DPO", "DPOOptions"]
@@ -104,8 +105,9 @@ class DPO(Task):
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None) -> torch.Tensor:
         """The mean preference loss of the pairs."""
+        reference = self._reference(model, batch)  # first, while nothing is kept for a backward
         chosen = answer_log_probs(model, batch)
-        gains = chosen - self._reference(model, batch)
+        gains = chosen - reference
         each = self._preference(gains[::2] - gains[1::2])
         if self.options.sft_weight:
             tokens = (batch["labels"][::2, 1:] != IGNORE).sum(1)
@@ -135,6 +137,12 @@ class DPO(Task):
                 return answer_log_probs(model, batch)
             with inner.disable_adapter():
                 return answer_log_probs(model, batch)
+
+    def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
+        """Both answers through the model, and through its base."""
+        from veneer.train.meta_loss import vocabulary_loss
+
+        return vocabulary_loss(model, 2 * rows, tokens, labelled, chunked=False, reference=True)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """How often, and by how much, the chosen answer is preferred to the rejected one.

@@ -13,6 +13,7 @@ from veneer.train.tokens import encode_texts
 if TYPE_CHECKING:
     import torch
 
+    from veneer.train.meta_loss import Loss
     from veneer.train.recipe import Recipe
     from veneer.train.use import Loaded
 
@@ -150,6 +151,12 @@ class Embedding(Task):
         """`embedding`: the text's vector, of length 1."""
         rows = predict_logits(loaded, table, recipe, ("anchor",), self.embed)
         return [{"embedding": vector.tolist()} | ({"cut": True} if cut else {}) for vector, cut in rows]
+
+    def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
+        """Two texts a row, or three."""
+        from veneer.train.meta_loss import outputs_loss
+
+        return outputs_loss(model, (3 if self.options.loss == "triplet" else 2) * rows, tokens)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """How often each anchor's positive is the nearest of all, or how the cosines follow the scores."""

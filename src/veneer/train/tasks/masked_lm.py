@@ -15,6 +15,7 @@ from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_lim
 if TYPE_CHECKING:
     import torch
 
+    from veneer.train.meta_loss import Loss
     from veneer.train.recipe import Recipe
     from veneer.train.use import Loaded
 
@@ -104,6 +105,12 @@ class MaskedLM(Task):
         logits, targets = labelled_logits(model, batch, shifted=False)
         total = cross_entropy(logits.float(), targets, reduction="sum")
         return total / (targets.numel() if items is None else items)
+
+    def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
+        """Logits at the masked tokens."""
+        from veneer.train.meta_loss import vocabulary_loss
+
+        return vocabulary_loss(model, rows, tokens, self.options.mlm_probability, chunked=False)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """Loss on the test rows' masked tokens, and how many of them are guessed."""

@@ -13,6 +13,7 @@ from veneer.train.tasks.dpo import preferences
 if TYPE_CHECKING:
     import torch
 
+    from veneer.train.meta_loss import Loss
     from veneer.train.recipe import Recipe
     from veneer.train.use import Loaded
 
@@ -92,6 +93,12 @@ class Reward(Task):
 
         chosen, rejected = scores[::2], scores[1::2]
         return -logsigmoid(chosen - rejected - self.options.margin) + self.options.center * (chosen + rejected) ** 2
+
+    def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
+        """Both answers."""
+        from veneer.train.meta_loss import outputs_loss
+
+        return outputs_loss(model, 2 * rows, tokens)
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """How often, and by how much, the better answer scores higher."""

@@ -13,6 +13,7 @@ from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_lim
 if TYPE_CHECKING:
     import torch
 
+    from veneer.train.meta_loss import Loss
     from veneer.train.recipe import Recipe
     from veneer.train.use import Loaded
 
@@ -89,6 +90,12 @@ class Seq2Seq(Task):
     def logits(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The decoder's scores; it is given the target, so the labels go in."""
         return model(**batch).logits
+
+    def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
+        """Half of a row's tokens through the encoder, half through the decoder."""
+        from veneer.train.meta_loss import decoder_loss
+
+        return decoder_loss(model, rows, max(1, tokens // 2))
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """Loss on the test rows, and the texts that the model writes for them."""

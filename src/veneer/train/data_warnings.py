@@ -1,0 +1,98 @@
+"""What is odd about a run's rows: not wrong enough to stop it, and often the reason why it learns nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from veneer.train.encode import IGNORE
+
+if TYPE_CHECKING:
+    from veneer.train.data import Table
+    from veneer.train.prepare import Parts
+    from veneer.train.recipe import Recipe
+
+__all__ = ["data_warnings"]
+
+
+def data_warnings(recipe: Recipe, parts: Parts, train: Table, test: Table | None) -> list[str]:
+    """One sentence each, with the number of rows and where the first of them is."""
+    found = [*_repeated(train, test), *_tokens(recipe, parts)]
+    return [text for text in found if text]
+
+
+def _texts(table: Table) -> list[str]:
+    return [json.dumps(row, sort_keys=True, ensure_ascii=False) for row in table.dataset]
+
+
+def _place(table: Table, row: int) -> str:
+    return f"row {row + 1}" if table.lines is None else f"{table.path.name}:{table.lines[row]}"
+
+
+def _rows(number: int) -> str:
+    return "1 row" if number == 1 else f"{number:,} rows"
+
+
+def _repeated(train: Table, test: Table | None) -> list[str]:
+    """Duplicates within the training rows, and test rows that are among them."""
+    first: dict[str, int] = {}
+    again = [(row, first[text]) for row, text in enumerate(_texts(train)) if first.setdefault(text, row) != row]
+    out = []
+    if again:
+        (row, same), number = again[0], len(again)
+        word = "repeats" if number == 1 else "repeat"
+        out.append(f"{_rows(number)} {word} an earlier one: {_place(train, row)} is {_place(train, same)} again.")
+    leaked = [] if test is None else [(row, first[text]) for row, text in enumerate(_texts(test)) if text in first]
+    if leaked and test is not None:
+        row, same = leaked[0]
+        out.append(
+            f"{_rows(len(leaked))} of the test set {'is' if len(leaked) == 1 else 'are'} among the training rows, so "
+            f"scores will be too good: {_place(test, row)} is {_place(train, same)}."
+        )
+    return out
+
+
+def _tokens(recipe: Recipe, parts: Parts) -> list[str]:
+    """What is odd about the rows as tokens."""
+    train, tokenizer = parts.plan.train, parts.tokenizer
+    columns = [name for name in train.column_names if name.endswith("input_ids")]
+    out = []
+    for name in columns:
+        labels = f"{name.removesuffix('input_ids')}labels"
+        if labels in train.column_names and isinstance(train[0][labels], list):
+            out += _labels(recipe, parts, train[name], train[labels])
+        out.append(_double_start(tokenizer, train[name]))
+    if tokenizer.pad_token_id is None:
+        out.append("The tokenizer names no pad token; a safe one is chosen when the model is loaded.")
+    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
+        out.append(f"The pad token {tokenizer.pad_token} also ends an answer; another is chosen if one is free.")
+    return out
+
+
+def _labels(recipe: Recipe, parts: Parts, ids: Any, labels: Any) -> list[str]:
+    limit = recipe.data.max_length
+    masked = [row for row, values in enumerate(labels) if all(label == IGNORE for label in values)]
+    out = []
+    if masked:
+        cut = sum(len(ids[row]) >= limit for row in masked)
+        why = f", {cut:,} of them because they were cut to {limit} tokens before the answer began" if cut else ""
+        out.append(f"{_rows(len(masked))} (row {masked[0] + 1} first) teach nothing: every label is masked{why}.")
+    if not parts.task.writes:
+        return out
+    stops = {*parts.plan.stop_ids, parts.tokenizer.eos_token_id} - {None}
+    hidden = set(masked)
+    learned = [[v for v in values if v != IGNORE] for row, values in enumerate(labels) if row not in hidden]
+    open_ended = [row for row, values in enumerate(learned) if stops and not stops & set(values[-3:])]
+    if open_ended and recipe.options.get("packing", "none") == "none":
+        full = sum(len(row) >= limit for row in ids)
+        why = f" ({full:,} rows were cut to {limit} tokens)" if full else ""
+        out.append(f"{_rows(len(open_ended))} end without a token that ends an answer{why}: the model may not stop.")
+    return out
+
+
+def _double_start(tokenizer: Any, ids: Any) -> str:
+    start = tokenizer.bos_token_id
+    twice = [row for row, values in enumerate(ids) if start is not None and list(values[:2]) == [start, start]]
+    if not twice:
+        return ""
+    return f"{_rows(len(twice))} (row {twice[0] + 1} first) begin with {tokenizer.bos_token} twice."

@@ -1,0 +1,54 @@
+"""What makes a training step faster without the model's files knowing: the base's kernels, int8 products, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from veneer.train.allocator import keep_blocks
+from veneer.train.prepare import Parts
+from veneer.train.recipe import Recipe
+
+__all__ = ["faster_base"]
+
+
+@contextmanager
+def faster_base(recipe: Recipe, parts: Parts, model: Any, collate: Any, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, the base does its work as the recipe's `base` section says; after it, as before.
+
+    Where `base.matmul: int8` gains nothing here, the floats stay and a note says so.
+    """
+    from veneer.fused import base_kernels
+
+    if parts.args.device.type == "cpu":
+        keep_blocks()
+    with ExitStack() as stack:
+        if recipe.base.kernels:
+            stack.enter_context(base_kernels(model))
+        if recipe.base.matmul == "int8":
+            stack.enter_context(_int8(parts, model, collate, say))
+        yield
+
+
+@contextmanager
+def _int8(parts: Parts, model: Any, collate: Any, say: Callable[[str], None]) -> Iterator[None]:
+    from veneer.int8 import int8_base, int8_is_faster
+
+    if parts.args.device.type != "cpu" or not int8_is_faster():
+        parts.notes.append("`base.matmul: int8` is left out: this machine multiplies floats as fast.")
+        say(parts.notes[-1])
+        yield
+        return
+    rows, inputs = parts.plan.train, {"input_ids", "attention_mask", "token_type_ids", "position_ids"}
+    runs: list[Callable[[], Any]] = []
+    for first in (0, len(rows) // 2):
+        features = [rows[place] for place in range(first, min(first + 8, len(rows)))]
+        batch = {name: value for name, value in collate(features).items() if name in inputs}
+        runs.append(partial(model, **batch))
+    found = int8_base(model, runs)
+    worst = max(found.errors.values(), default=0.0)
+    say(f"{len(found.weights)} frozen layers multiply in int8; the largest relative error of one is {worst:.1%}.")
+    with found:
+        yield
