@@ -40,7 +40,8 @@ test-all: lint
 	$(BIN)/python -m pytest -q -m slow
 
 bench: $(VENV)/.tested
-	$(BIN)/python benchmarks/lora_step.py
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/table.py
 
 # every method, 1 to 2 hours on 2 cores; `make docs` then writes the tables
 bench-methods: $(VENV)/.tested

@@ -15,19 +15,16 @@ turns benchmarks/methods.json into the tables of docs/methods/README.md.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from lora_step import commit, machine
+from common import Contestant, commit, forget_peak, machine, resident_mb, take_turns, write
 
 SHAPE = {
     "vocab_size": 4096,
@@ -40,24 +37,11 @@ SHAPE = {
     "pad_token_id": 0,
 }
 PACKAGES = ("peft", "veneer")
+SCRIPT = os.path.abspath(__file__)
 CLOSE = 1e-3  # of the losses of all steps together; tests/laws/test_parity.py holds single methods to 1e-4
 
 
 # -- a contestant's process ------------------------------------------------------------------------------
-def resident_mb(peak: bool = False) -> float:
-    """This process's memory now, or its highest since `forget_peak`."""
-    field = "VmHWM:" if peak else "VmRSS:"
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith(field)) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-
-
-def forget_peak() -> None:
-    """Let the peak begin anew, so that it is that of training, not of building."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
-        f.write("5")
-
-
 def base_model(torch: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -152,35 +136,6 @@ def worker(args: argparse.Namespace) -> None:
 
 
 # -- the race --------------------------------------------------------------------------------------------
-class Contestant:
-    def __init__(self, name: str, argv: list[str]):
-        self.name, self.laps = name, []
-        env = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-        command = [sys.executable, os.path.abspath(__file__), "--worker", name, *argv]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-        self.ready = self.read()
-
-    laps: list[dict[str, Any]]
-
-    def read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("{"):  # libraries print, too
-                return json.loads(line)
-        raise RuntimeError(f"{self.name} stopped with exit status {self.process.wait()}; its error is above")
-
-    def lap(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        self.laps.append(self.read())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 def race(method: str, frozen: Contestant, args: argparse.Namespace) -> dict[str, Any]:
     """One method's row: medians, and medians of ratios taken round by round."""
     frozen.laps = []
@@ -189,11 +144,9 @@ def race(method: str, frozen: Contestant, args: argparse.Namespace) -> dict[str,
         argv += ["--methods", method, "--folder", folder]
         entrants: list[Contestant] = []
         try:
-            entrants += [Contestant(name, argv) for name in PACKAGES]  # peft first: it writes the tensors
-            field = [*entrants, frozen]
-            for i in range(args.rounds):
-                for c in field[i % 3 :] + field[: i % 3]:
-                    c.lap()
+            for name in PACKAGES:  # peft first: it writes the tensors
+                entrants.append(Contestant(name, SCRIPT, argv))
+            take_turns([*entrants, frozen], args.rounds)
         finally:
             for c in entrants:
                 c.close()
@@ -252,12 +205,6 @@ def kept(path: str | None, case: dict[str, Any]) -> dict[str, Any]:
     return held["methods"] if held["case"] == case else {}
 
 
-def write(path: str, result: dict[str, Any]) -> None:
-    temporary = path + ".part"
-    Path(temporary).write_text(json.dumps(result, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", type=str.upper, help="names of the registry (default: all)")
@@ -279,7 +226,7 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(registry.METHODS)}")
     case = {k: getattr(args, k) for k in ("batch", "seq", "rounds", "steps")} | {"shape": SHAPE}
     result = {"case": case, "machine": machine(), "commit": commit(), "methods": kept(args.json, case)}
-    frozen = Contestant("frozen", [f"--{k}={getattr(args, k)}" for k in ("batch", "seq", "steps")])
+    frozen = Contestant("frozen", SCRIPT, [f"--{k}={getattr(args, k)}" for k in ("batch", "seq", "steps")])
     print("time, memory: veneer's over peft's; /frozen: step time over the frozen base's\n" + HEAD, flush=True)
     failed = []
     for name in names:

@@ -1,7 +1,7 @@
 """add_weighted_adapter: a new LoRA adapter from a weighted sum of others.
 
 "cat" is exact: it stacks the factors, and the rank is the sum of the ranks. "svd" is the best approximation
-of a given rank, found through QR of the factors. "linear" adds A's and B's apart, which is cheap and inexact:
+of a given rank, found without forming a delta. "linear" adds A's and B's apart, which is cheap and inexact:
 (A1 + A2, B1 + B2) also multiplies B1 with A2. The others prune before they add: "ties", "dare_linear",
 "dare_ties", "magnitude_prune" on the factors, and with "_svd" on the deltas.
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .combine_checks import ON_FACTORS, check_saved_modules, check_settings, refuse
-from .combine_math import Part, Settings, combine, rank_within, relative_error
+from .combine_math import Part, Settings, best_of_rank, combine, rank_within, relative_error
 from .errors import AdapterError, PeftWarning
 from .layer import Adapted
 
@@ -147,8 +147,22 @@ def _combine_layer(job: _Job, path: str, layer: Adapted) -> _New:
         rank = rank_within(parts, s.svd_error) * site.groups
     if rank % site.groups:
         raise ValueError(f"svd_rank={rank} on {site!r}: must be a multiple of the convolution's {site.groups} groups")
-    B, A = combine(parts, s, rank // site.groups)
-    return _New(A, B, _bias(job, layer), rank, relative_error(parts, (B, A)))
+    quick = best_of_rank(parts, rank // site.groups) if _single(job, layer) else None
+    if quick is not None:
+        (B, A), error = quick
+    else:
+        B, A = combine(parts, s, rank // site.groups)
+        error = relative_error(parts, (B, A))
+    return _New(A, B, _bias(job, layer), rank, error)
+
+
+def _single(job: _Job, layer: Adapted) -> bool:
+    """Whether the plain "svd" is asked for, of factors in single precision or less, with double to work in."""
+    s = job.settings
+    if s.combination_type != "svd" or any(v is not None for v in (s.svd_clamp, s.svd_driver, s.svd_error)):
+        return False
+    stored = [p for n in job.adapters if n in layer.entries for p in layer.parameters_of(n)]
+    return all(p.dtype.itemsize <= 4 and p.device.type != "mps" for p in stored)
 
 
 def _bias(job: _Job, layer: Adapted) -> Tensor | None:

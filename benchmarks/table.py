@@ -1,0 +1,63 @@
+"""docs/speed.md from benchmarks/results.json.
+
+python benchmarks/table.py [--json benchmarks/results.json] [--out docs/speed.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+HEAD = """# Speed and memory
+
+Made by `python benchmarks/table.py` from what `make bench` measured; a case that was not run has no row. Every case
+runs its contestants in processes of their own that take turns, round by round, and the ratios are taken within a
+round: the table has their median, their lowest and their highest. Where both compute the same, their numbers are
+compared, and a difference fails the run. "frozen" is the base's own forward and the gradient of its input, nothing
+trained; "base" is the model without adapters; "switches" is veneer with what `veneer train` turns on (`base_kernels`,
+the loss in chunks at the labels alone, freed memory kept). "time" is the wall clock's, "cpu" the processor's, "memory"
+the peak above the base's weights. `python benchmarks/run.py CASE --rounds 3` runs one case.
+"""
+
+
+def rows(name: str, row: dict[str, Any]) -> list[str]:
+    out = []
+    for kind in ("time", "cpu", "memory"):
+        for pair, r in row[kind].items():
+            target = "" if r["target"] is None else f"{r['target']:g}"
+            reached = "" if r["target"] is None else "yes" if r["median"] <= r["target"] else "no"
+            spread = f"{r['low']:.3f} to {r['high']:.3f}"
+            out.append(f"| `{name}` | {kind} | {pair} | {r['median']:.3f} | {spread} | {target} | {reached} |")
+    return out
+
+
+def page(results: dict[str, Any]) -> str:
+    machines: dict[str, list[str]] = {}
+    for name, row in results.items():
+        m = row["machine"]
+        where = f"{m['device']}, {m['threads']} threads, torch {m['torch']}, commit {row['commit']}"
+        machines.setdefault(where, []).append(name)
+    lines = [HEAD]
+    for where, names in machines.items():
+        lines += [f"## {where}", ""]
+        lines += [f"- `{n}`: {results[n]['about']}, {results[n]['rounds']} rounds" for n in names]
+        lines += ["", "| case | of | ratio | median | spread | target | reached |", "|---|---|---|---|---|---|---|"]
+        lines += [text for n in names for text in rows(n, results[n])]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", default=str(ROOT / "benchmarks" / "results.json"))
+    parser.add_argument("--out", default=str(ROOT / "docs" / "speed.md"))
+    args = parser.parse_args()
+    text = page(json.loads(Path(args.json).read_text(encoding="utf-8")))
+    Path(args.out).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

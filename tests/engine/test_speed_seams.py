@@ -1,0 +1,225 @@
+"""What the engine does to be quick gives what the plain way gives: kept stacks of a mixed batch, switching without a
+walk over the model, combining through products of the factors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import veneer
+from veneer import row_cache
+from veneer.combine_math import Part, best_of_rank, concatenate, decompose, relative_error, split
+from veneer.context import Rows
+from veneer.errors import PeftWarning
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Any) -> Any:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def mixed(names: str = "pqt", **options: Any) -> Any:
+    """An adapter a letter, of ranks 2, 3, ..., none of them the identity."""
+    torch.manual_seed(0)
+    config = lambda i: veneer.LoraConfig(r=2 + i, target_modules=["a", "b"], init_lora_weights=False, **options)
+    model = veneer.get_peft_model(Two(), config(0), names[0])
+    for i, name in enumerate(names[1:], 1):
+        model.add_adapter(name, config(i))
+    return model.eval()
+
+
+def kept(model: Any) -> Any:
+    return model.base_model.model.a.kept.stacks
+
+
+def reference(model: Any, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+    with torch.enable_grad():  # the kept stacks are for calls without gradients
+        return model(x, adapter_names=names).detach()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["p", "q", "t"], ["p", "q", "p", "t", "p"], ["__base__", "q", "q", "__base__"], ["__base__", "__base__"], ["t"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("shape", [(), (5,)], ids=["rows", "sequences"])
+def test_kept_stacks_equal_the_reference(names: list[str], shape: tuple[int, ...]) -> None:
+    model, x = mixed(), torch.randn(len(names), *shape, 6)
+    with torch.no_grad():
+        first, stacks = model(x, adapter_names=names), kept(model)
+        again = model(x, adapter_names=names)
+    assert stacks is not None
+    assert kept(model) is stacks
+    assert torch.equal(first, again)
+    torch.testing.assert_close(first, reference(model, x, names))
+
+
+def changes() -> dict[str, Any]:
+    def layer(m: Any) -> Any:
+        return m.base_model.model.a
+
+    def step(m: Any) -> None:
+        with torch.no_grad():
+            layer(m).lora_A["q"].weight.add_(1.0)
+
+    def point(m: Any) -> None:
+        layer(m).lora_B["q"].weight.data = torch.ones(10, 3)
+
+    def parameter(m: Any) -> None:
+        layer(m).lora_B["q"].weight = nn.Parameter(torch.ones(10, 3))
+
+    def unseen(m: Any) -> None:  # as sharded training does
+        m.train()
+        layer(m).lora_A["q"].weight.data.mul_(3.0)
+        m.eval()
+
+    def again(m: Any) -> None:
+        m.delete_adapter("q")
+        m.add_adapter("q", veneer.LoraConfig(r=3, target_modules=["a", "b"], init_lora_weights=False))
+
+    return {
+        "in place": step,
+        "data": point,
+        "parameter": parameter,
+        "in training": unseen,
+        "scaling": lambda m: layer(m).set_scale("q", 5.0),
+        "added again": again,
+        "cast": lambda m: m.double().float(),
+    }
+
+
+@pytest.mark.parametrize("change", changes().values(), ids=changes().keys())
+def test_a_change_of_an_adapter_is_seen(change: Any) -> None:
+    model, names, x = mixed(), ["p", "q"], torch.randn(2, 6)
+    with torch.no_grad():
+        model(x, adapter_names=names)
+        change(model)
+        model.eval()
+        got = model(x, adapter_names=names)
+    torch.testing.assert_close(got, reference(model, x, names))
+
+
+def test_only_the_last_batch_is_kept_and_copies_hold_none() -> None:
+    model, x = mixed(), torch.randn(2, 6)
+    with torch.no_grad():
+        model(x, adapter_names=["p", "q"])
+        before = kept(model)
+        model(x, adapter_names=["q", "t"])
+    assert kept(model) is not before
+    assert kept(copy.deepcopy(model)) is None
+    assert kept(pickle.loads(pickle.dumps(model))) is None
+    model.train()
+    assert kept(model) is None
+
+
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}], ids=str)
+def test_other_adapters_take_the_reference(options: dict[str, Any]) -> None:
+    model, x = mixed(**options), torch.randn(2, 6)
+    with torch.no_grad():
+        got = model(x, adapter_names=["p", "q"])
+    assert kept(model) is None
+    torch.testing.assert_close(got, reference(model, x, ["p", "q"]))
+
+
+def test_inference_mode_and_tensors_made_in_it() -> None:
+    model, names, x = mixed(), ["p", "q"], torch.randn(2, 6)
+    with torch.inference_mode():
+        got = model(x, adapter_names=names)
+        assert kept(model) is not None
+        model.base_model.model.a.lora_A["q"].weight = nn.Parameter(torch.ones(3, 6), requires_grad=False)
+        other = model(x, adapter_names=names)
+    assert kept(model) is None
+    assert not torch.equal(got, other)
+
+
+def test_nothing_is_kept_where_gradients_are_wanted() -> None:
+    model, x = mixed(), torch.randn(2, 6)
+    layer, rows = model.base_model.model.a, Rows.of(["p", "q"])
+    assert row_cache.product(layer, rows, x) is None
+    with torch.no_grad():
+        assert row_cache.product(layer, rows, x) is not None
+
+
+# -- switching -----------------------------------------------------------------------------------------------
+def trained(model: Any) -> set[str]:
+    return {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_switching_does_not_walk_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixed("pqts")
+    model.set_adapter("q")
+    monkeypatch.setattr("veneer.tuner.walk", lambda _: pytest.fail("set_adapter walked over the model"))
+    monkeypatch.setattr(nn.Module, "named_modules", lambda *_, **__: pytest.fail("set_adapter walked over the model"))
+    monkeypatch.setattr(type(model.base_model), "wrappers", lambda _: iter(()))
+    for name in ("p", "q"):
+        model.set_adapter(name)
+        assert model.active_adapter == name
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_switching_trains_the_active_adapter_alone(inference: bool) -> None:
+    model = mixed()
+    for p in model.parameters():  # not through the engine
+        p.requires_grad_("lora_" in "".join(n for n, q in model.named_parameters() if q is p))
+    assert trained(model) == {"p", "q", "t"}
+    model.set_adapter("q", inference_mode=inference)
+    assert trained(model) == (set() if inference else {"q"})
+
+
+def test_switching_undoes_what_layers_were_set_to() -> None:
+    model = mixed()
+    model.base_model.model.a.set_adapter("t")
+    assert trained(model) == {"p", "t"}
+    model.set_adapter("q")
+    assert trained(model) == {"q"}
+    assert model.base_model.model.a.active_adapters == ["q"]
+    model.base_model.model.b.merge()
+    with pytest.warns(PeftWarning, match="merged"):
+        model.set_adapter("p")
+    assert not model.base_model.model.b.merged
+
+
+def test_a_copy_switches_its_own_adapters() -> None:
+    model = mixed()
+    model.set_adapter("q")
+    other = copy.deepcopy(model)
+    other.set_adapter("t")
+    assert (trained(model), trained(other)) == ({"q"}, {"t"})
+
+
+# -- combining -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rank", [1, 4, 40])
+def test_best_of_rank_is_the_svd(groups: int, rank: int) -> None:
+    torch.manual_seed(0)
+    draw = lambda *shape: torch.randn(groups, *shape, dtype=torch.float64)
+    parts = [Part(draw(30, 5), draw(5, 50) * 10.0**-i, w, 2.0) for i, w in enumerate((0.5, -0.3, 0.2))]
+    found = best_of_rank(parts, rank)
+    assert found is not None
+    (B, A), error = found
+    expected = split(*decompose(*concatenate(parts)), rank, None)
+    assert (B.shape, A.shape) == (expected[0].shape, expected[1].shape)
+    torch.testing.assert_close(B @ A, expected[0] @ expected[1])
+    assert error == pytest.approx(relative_error(parts, expected), abs=1e-7)
+
+
+def test_best_of_rank_leaves_dependent_rows_to_qr() -> None:
+    torch.manual_seed(0)
+    A = torch.randn(1, 4, 20, dtype=torch.float64)
+    A[:, 3] = A[:, 2]
+    B = torch.randn(1, 9, 4, dtype=torch.float64)
+    assert best_of_rank([Part(B, A, 1.0, 1.0)], 2) is None
+    assert best_of_rank([Part(B, torch.zeros_like(A), 1.0, 1.0)], 2) is None
+    zero = best_of_rank([Part(torch.zeros_like(B), torch.randn_like(A), 1.0, 1.0)], 2)
+    assert zero is not None
+    assert zero[1] == 0.0
+    assert not zero[0][0].any()
