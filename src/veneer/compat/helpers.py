@@ -13,14 +13,13 @@ from ..files import locate
 from ..graph import compact_names
 from ..inject import candidates, save_whole
 from ..layer import Adapted
-from ..parameters import plain_modules
 from ..patterns import TargetSpec, layer_index, suffix_or_pattern
 from ..replace import SavedModule, Wrapper
 from ..targets import ALL_LINEAR, match_targets
 from ..tuner import Tuner
-from ..tying import partners
+from ..tying import tied_with_embedding
 
-__all__ = ["save_whole"]
+__all__ = ["save_whole", "tied_with_embedding"]
 
 
 # -- tensors ----------------------------------------------------------------------------------------------
@@ -162,16 +161,6 @@ def input_embeddings_name(model: Any, default: str | None = None) -> str | None:
     table = model.get_input_embeddings()
     found = next((name for name, m in model.named_modules() if m is table), None)
     return default if found is None else found.rpartition(".")[2]
-
-
-def tied_with_embedding(model: Any) -> list[str]:
-    """Paths of the modules that hold the input embedding's weight, too."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    base = base.model if isinstance(base, Tuner) else base
-    table = base.get_input_embeddings()
-    table = table.get_base_layer() if isinstance(table, Adapted) else table
-    path = next((p for p, m in plain_modules(base, saved=True) if m is table), None)
-    return [] if path is None else partners(base, path)
 
 
 def set_whole(model: nn.Module, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

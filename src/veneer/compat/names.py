@@ -56,7 +56,8 @@ TABLE: dict[str, dict[str, str]] = {
         "compat.constants": "TOKENIZER_CONFIG_NAME",
     },
     "config": {
-        "config": "__version__=PEFT_FORMAT CONFIG_NAME PeftConfig PeftConfigMixin=PeftConfig PromptLearningConfig",
+        "config": "__version__=PEFT_FORMAT CONFIG_NAME PeftConfig PeftConfigMixin=PeftConfig PromptLearningConfig "
+        "_get_commit_hash=commit_of",
     },
     "functional": {
         "functional": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
@@ -159,7 +160,7 @@ TABLE: dict[str, dict[str, str]] = {
         "hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap "
         "check_hotswap_configs_compatible=compatible",
     },
-    "utils.incremental_pca": {"inits.pca": "IncrementalPCA"},
+    "utils.incremental_pca": {"compat.pca": "IncrementalPCA"},
     "utils.integrations": {
         "compat.integrations": "check_deepspeed_zero3_enabled gather_params_ctx init_empty_weights skip_init_on_device "
         "get_layer_device_map dequantize_module_weight",
