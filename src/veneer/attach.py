@@ -31,6 +31,7 @@ class Attached:
         if not made:
             return
         self.parts[adapter] = list(made)
+        self.tuner.host.structure += 1
         for name, module in made.items():
             if name not in self.tuner._modules:
                 self.tuner.add_module(name, nn.ModuleDict())

@@ -99,9 +99,9 @@ class AutoPeftModel:
             return
         from transformers import AutoTokenizer
 
-        size = len(AutoTokenizer.from_pretrained(source))
-        if size > base.get_input_embeddings().weight.shape[0]:
-            base.resize_token_embeddings(size)
+        from .grow import grow
+
+        grow(base, len(AutoTokenizer.from_pretrained(source)))
 
 
 def _auto(name: str, task: str) -> type[AutoPeftModel]:

@@ -21,6 +21,36 @@ CONFIG_NAME = "adapter_config.json"
 PEFT_FORMAT = "0.21.2"
 
 
+def commit_of(distribution: str) -> str | None:
+    """The commit that an installed distribution was built from, where the installer noted it (PEP 610)."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import distribution as installed
+
+    try:
+        origin = installed(distribution).read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    return None if origin is None else json.loads(origin).get("vcs_info", {}).get("commit_id")
+
+
+def format_version() -> str:
+    """What a new config notes as `peft_version`. A development version says little by itself: the commit goes along,
+    "UNKNOWN" where it cannot be found."""
+    if ".dev" not in PEFT_FORMAT:
+        return PEFT_FORMAT
+    commit = None
+    try:
+        commit = commit_of("peft")
+    except Exception as e:  # noqa: BLE001 whatever an installer left there, it must not keep configs from being made
+        warnings.warn(
+            "A dev version of PEFT is used but there was an error while trying to determine the commit hash: "
+            f"{type(e).__name__}: {e}. Configs will note the version without it",
+            PeftWarning,
+            stacklevel=4,
+        )
+    return f"{PEFT_FORMAT}@{commit or 'UNKNOWN'}"
+
+
 class _StrEnum(str, Enum):
     def __str__(self) -> str:
         return f"{type(self).__name__}.{self.name}"
@@ -92,7 +122,7 @@ class PeftConfig:
                     f"{', '.join(TaskType.__members__)}."
                 )
         if self.peft_version is None:
-            self.peft_version = PEFT_FORMAT
+            self.peft_version = format_version()
 
     # -- names that other libraries read ------------------------------------------------------------
     @property

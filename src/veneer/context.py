@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,11 @@ class Rows:
     names: tuple[str, ...]
     index: Tensor  # (rows,) int64
     widened: int = 1  # beams and sampled sequences: copies of each row that a search makes, next to each other
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for batches that use the same adapters in the same rows."""
+        return self.names, tuple(self.index.tolist()), self.widened
 
     def for_batch(self, size: int) -> Tensor | None:
         """The index for a batch of `size` rows, as they came in or widened by a search; None for another size."""
@@ -52,12 +58,18 @@ class Host:
 
     active: names in the order they act. enabled: False makes every layer the base. version: raised on each
     change; layers rebuild what they cache when it moves. rows, data: per call, None or empty outside one.
+    irregular, apart, merged: what a layer may have been set to by itself, so that the usual case needs no look at them.
+    unfrozen: adapters whose tensors may require gradients. structure: raised when tensors come, go or move.
     """
 
     active: tuple[str, ...] = ()
     enabled: bool = True
     version: int = 0
     irregular: bool = False  # a layer may have been disabled by itself
+    apart: bool = False  # a layer may have active adapters of its own
+    merged: bool = False  # a layer may hold adapters in its weight
+    unfrozen: set[str] = field(default_factory=set)
+    structure: int = 0
     rows: Rows | None = None
     data: dict[str, Any] = field(default_factory=dict)
     past: dict[str, Any] = field(default_factory=dict)  # of the last training call, for what backward computes again

@@ -20,13 +20,9 @@ def against_initial(
 ) -> tuple[dict[str, Tensor], Any]:
     """Tensors and config of an ordinary LoRA for the original base: W0 - s B0 A0 + s B A = W0 + s [B -B0] [A; A0].
 
-    initial: folder of the adapter as saved before training. The rank doubles, and so does lora_alpha (times sqrt 2
-    under rsLoRA), so that the scaling stays.
+    initial: folder of the adapter as saved before training. Ranks double, and so do alphas (times sqrt 2 under
+    rsLoRA), patterns included, so that every layer's scaling stays.
     """
-    if getattr(config, "rank_pattern", None) or getattr(config, "alpha_pattern", None):
-        raise AdapterError(
-            "path_initial_model_for_weight_conversion does not work with rank_pattern or alpha_pattern yet"
-        )
     if str(config.init_lora_weights).lower().partition("_")[0] not in ("pissa", "olora"):
         raise ValueError(
             "`path_initial_model_for_weight_conversion` only works for `init_lora_weights` that change the base's "
@@ -44,11 +40,19 @@ def against_initial(
                 raise AdapterError(f"{initial} has no {key}: it is not this adapter's initial state")
             old = before[key].to(now)
             out[key] = torch.cat([now, old], dim=0) if ".lora_A." in key else torch.cat([now, -old], dim=1)
-    config = copy.copy(config)
-    config.r = 2 * config.r
-    config.lora_alpha = config.lora_alpha * (2**0.5 if config.use_rslora else 2)
+    config = _doubled(config)
     config.init_lora_weights = True
     return out, config
+
+
+def _doubled(config: Any) -> Any:
+    """A copy with twice the rank and the same scaling, on every layer."""
+    config = copy.copy(config)
+    factor = 2**0.5 if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * factor
+    config.rank_pattern = {k: 2 * r for k, r in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {k: factor * a for k, a in (config.alpha_pattern or {}).items()}
+    return config
 
 
 # -- a base that data changed ----------------------------------------------------------------------------------
@@ -65,11 +69,7 @@ def self_contained(
         now = out[key]
         first = first.to(now)
         out[key] = torch.cat([now, first], dim=0) if ".lora_A." in key else torch.cat([now, -first], dim=1)
-    config = copy.copy(config)
-    factor = 2**0.5 if config.use_rslora else 2
-    config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * factor
-    config.rank_pattern = {k: 2 * r for k, r in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {k: factor * a for k, a in (config.alpha_pattern or {}).items()}
+    config = _doubled(config)
     config.init_lora_weights, config.corda_config, config.lora_ga_config = True, None, None
     return out, config
 

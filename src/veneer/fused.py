@@ -144,8 +144,8 @@ def _gate_forward(module: nn.Module) -> Callable[..., Tensor] | None:
             return original(x)
         return m.down_proj(gated_silu(m.gate_proj(x), m.up_proj(x)))
 
-    weight = m.gate_proj.weight
-    if weight.is_meta or not weight.is_floating_point():
+    weight = getattr(m.gate_proj, "weight", None)  # an HQQ layer's has another name
+    if weight is None or weight.is_meta or not weight.is_floating_point():
         return None
     x = _probe(2, weight.shape[1], weight)
     training = module.training

@@ -41,9 +41,12 @@ def name_tails(name: str) -> Iterator[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear and its subclasses, and transformers' Conv1D."""
+    """nn.Linear and its subclasses, transformers' Conv1D, HQQ's linear layer."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # not loaded: no such layer can exist
-    return isinstance(module, nn.Linear) or (pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D))
+    if isinstance(module, nn.Linear) or (pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)):
+        return True
+    hqq = sys.modules.get("hqq.core.quantize")
+    return hqq is not None and isinstance(module, hqq.HQQLinear)
 
 
 def is_transformers_model(model: nn.Module) -> bool:
@@ -74,8 +77,8 @@ def _linears(model: nn.Module) -> dict[str, Shape]:
 
 
 def _shape(module: nn.Module) -> Shape:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+    if type(module).__name__ != "Conv1D":
+        return module.in_features, module.out_features  # type: ignore[return-value]
     rows, columns = module.get_parameter("weight").shape  # Conv1D keeps (in, out)
     return rows, columns
 

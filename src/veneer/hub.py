@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import convert, prompts, schedule, state
+from . import base_mark, convert, prompts, schedule, state
 from .errors import AdapterError
 from .files import BIN_NAME, SAFE_NAME, write_bin, write_json, write_tensors, write_text
+from .grow import trains_rows
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -39,9 +40,14 @@ def _embeddings(model: PeftModel, adapter: str, mode: str | bool) -> dict[str, T
     get_in = getattr(base, "get_input_embeddings", None)
     if mode is False or get_in is None or model.prompt_configs is not None:
         return {}
-    if mode == "auto" and not _resized(base, model.peft_config[adapter].base_model_name_or_path):
-        return {}
     wanted = [m for m in (get_in(), base.get_output_embeddings()) if m is not None]
+    if mode == "auto":
+        before = _own_vocabulary(model.peft_config[adapter].base_model_name_or_path)
+        now = getattr(getattr(base, "config", None), "vocab_size", None)
+        if before is None or now is None or before == now:
+            return {}
+        if all(trains_rows(m, adapter, range(before, now)) for m in wanted):
+            return {}  # the new rows travel as the adapter's own
     out = {}
     for path, module in base.named_modules():
         if any(module is w for w in wanted):
@@ -50,17 +56,16 @@ def _embeddings(model: PeftModel, adapter: str, mode: str | bool) -> dict[str, T
     return out
 
 
-def _resized(base: Any, name: str | None) -> bool:
-    """Whether the vocabulary differs from the base's own config on this disk; no network."""
+def _own_vocabulary(name: str | None) -> int | None:
+    """The size of the vocabulary in the base's own config on this disk; no network."""
     path = os.path.join(name or "", "config.json")
-    vocab = getattr(getattr(base, "config", None), "vocab_size", None)
-    if vocab is None or not name or not os.path.isfile(path):
-        return False
+    if not name or not os.path.isfile(path):
+        return None
     import json
 
     with open(path, encoding="utf-8") as f:
-        before = json.load(f).get("vocab_size")
-    return before is not None and before != vocab
+        found: int | None = json.load(f).get("vocab_size")
+    return found
 
 
 def save_adapter(
@@ -86,7 +91,8 @@ def save_adapter(
         return
     where = os.path.join(folder, adapter) if adapter != "default" else folder
     if safe:
-        write_tensors(os.path.join(where, SAFE_NAME), out, {"veneer_layout": "compact"} if compact else None)
+        layout = {"veneer_layout": "compact"} if compact else {}
+        write_tensors(os.path.join(where, SAFE_NAME), out, {**layout, **_base_mark(model)})
     else:
         write_bin(os.path.join(where, BIN_NAME), out)
     if model.prompt_configs is None:
@@ -140,6 +146,14 @@ def push(
         )
 
 
+def _base_mark(model: PeftModel) -> dict[str, str]:
+    """What the header of the adapter's file says about the base."""
+    import json
+
+    mark = base_mark.mark_of(model.get_base_model())
+    return {} if mark is None else {base_mark.KEY: json.dumps(mark)}
+
+
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -176,6 +190,7 @@ def write_card(model: PeftModel, folder: str, config: Any) -> None:
         "",
         f"Trainable parameters when it was saved: {trained:,} of {total:,}.",
         "",
+        *base_mark.lines(base_mark.mark_of(model.get_base_model())),
     ]
     write_text(path, "\n".join(text))
 

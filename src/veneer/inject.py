@@ -18,7 +18,7 @@ from .kinds import Attach, Method
 from .layer import Adapted, View
 from .parameters import parameter_layers
 from .patterns import near_names
-from .replace import SavedModule
+from .replace import SavedModule, TokenHolder
 from .site import Site, site_of
 from .targets import Match, match_targets
 
@@ -88,6 +88,12 @@ def inject(tuner: Tuner, name: str, cfg: Any, *, meta: bool = False, fill: bool 
     for t in targets:
         t.layer.site.check(getattr(t.cfg, method.dropout or "", None) or 0.0)
         method.check(t.cfg, t.layer.site)
+        if t.layer.site.quantised and method.changes_base(t.cfg):
+            raise AdapterError(
+                f"{method.name} on {t.layer.site!r}: these initial values take a part out of the base's weight, and a "
+                "quantised weight cannot give it up exactly. Load the base unquantised, or use "
+                "init_lora_weights=True; replace_lora_weights_loftq makes up for the quantisation afterwards"
+            )
     share.check(cfg, method, [t.layer for t in targets], [t.cfg for t in targets])
     handoff.check(cfg, method)
     shared = _place_shared(tuner, name, cfg, method, [t.layer for t in targets], meta=meta, fill=fill)
@@ -174,8 +180,11 @@ def _wrap(tuner: Tuner, match: Match, method: Method) -> Adapted:
 
 def _settle(t: Target) -> None:
     """Put a new wrapper in the module's place."""
-    if any(m is t.layer for m in t.parent.modules()):
-        return
+    now = t.parent._modules.get(t.leaf)
+    while isinstance(now, TokenHolder | Adapted):  # parameters of one module wrap it one around the other
+        if now is t.layer:
+            return
+        now = now.token_adapter if isinstance(now, TokenHolder) else now.base_layer
     t.layer.site.read_directly = isinstance(t.parent, READERS)
     t.parent._modules[t.leaf] = t.layer
 
@@ -223,6 +232,11 @@ def save_whole(model: nn.Module, host: Host, name: str, cfg: Any, *, meta: bool 
     for path, module in hits.items():
         if isinstance(module, Adapted):
             raise AdapterError(f"{path} is both a target and in modules_to_save; take it out of one of them")
+        if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            raise TypeError(
+                f"modules_to_save cannot be applied to modules of type {type(module).__name__} ({path}): it is a "
+                "container, not called itself; name the modules in it"
+            )
         if not isinstance(module, SavedModule):
             wrapper = SavedModule(module, path, host)
             parent_path, _, leaf = path.rpartition(".")

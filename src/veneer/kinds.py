@@ -34,6 +34,7 @@ from torch import Tensor
 
 from .defaults import default_targets
 from .errors import AdapterError, CannotMerge
+from .int8 import int8_weight
 from .kernels import low_rank_linear, low_rank_reference, mask_like
 
 if TYPE_CHECKING:
@@ -158,6 +159,9 @@ class Method(ABC):
         """As extra_loss, for scheduled methods whose callers expect it in the model's own output loss."""
         return None
 
+    #: attributes of a layer that peft keeps and that follow from other tensors here: name -> what an adapter's is
+    derived: ClassVar[dict[str, Callable[[View], Any]]] = {}
+
     def to_disk(self, cfg: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """File key -> tensor as the file has them, where its form is its own (VB-LoRA's top k)."""
         return tensors
@@ -237,7 +241,12 @@ class Routed(Additive):
 
 
 class LowRank(Additive):
-    """delta = scaling * B @ A, never formed in the forward pass."""
+    """delta = scaling * B @ A, never formed in the forward pass.
+
+    steady: outside training the factors follow from the tensors alone, so stacks of them may be kept between calls.
+    """
+
+    steady: ClassVar[bool] = False
 
     @abstractmethod
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
@@ -272,8 +281,10 @@ class LowRank(Additive):
         W, b = p.site.weight(), p.site.bias()
         rate = p.dropout_rate
         keep = mask_like(x, rate) if rate else None
-        run = low_rank_linear if W.dtype == A.dtype == B.dtype else low_rank_reference
-        y = run(x, W, b, A, B, p.scaling, keep, rate)
+        if W.dtype == A.dtype == B.dtype:
+            y = low_rank_linear(x, W, b, A, B, p.scaling, keep, rate, int8_weight(p.site.module))
+        else:
+            y = low_rank_reference(x, W, b, A, B, p.scaling, keep, rate)
         d = self.bias_delta(p)
         return y if d is None else y + d.to(y.dtype)
 
@@ -362,8 +373,9 @@ class Reweight(Method):
 
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
         W, b = base.weight(), base.bias()
-        dropped = ps[0].drop(x)
-        if len(ps) == 1 and dropped is not x:  # the base sees x whole, the change sees it with dropout
+        dropped = ps[0].drop(x) if len(ps) == 1 else x
+        # the base sees x whole, the change sees it with dropout; a quantised base computes in its own way
+        if dropped is not x or ps[0].site.quantised:
             new, nb = self.merged(ps, W, b)
             y = base(x, *args, **kwargs) + ps[0].site.op(dropped, new - W, None)
             return y if b is None or nb is None else y + ps[0].site.per_feature(nb - b)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import rows, storage
+from . import row_cache, rows, storage
 from .context import Host
 from .errors import AdapterError, CannotMerge, PeftWarning
 from .kernels import plain_autograd
@@ -138,6 +138,7 @@ class Adapted(nn.Module):
     """A base layer with its adapters."""
 
     is_adapter_wrapper = True
+    adapts_a_layer = True  # of what is inside only base_layer may hold wrappers (walk.py)
 
     def __init__(self, site: Site, host: Host, base: nn.Module | None = None):
         """base: the module to call, where it is not the site's own (another Adapted around it)."""
@@ -149,9 +150,11 @@ class Adapted(nn.Module):
         self.merged_adapters: list[str] = []
         self.own_active: tuple[str, ...] | None = None
         self.own_enabled = True
+        self._derived: set[str] = set()  # names that adapters here have, or had, of `Method.derived`
         self._backup: Any = None
         self._plans: dict[torch.dtype | None, tuple[Group, ...]] = {}
         self._plans_version = -1
+        self.kept = row_cache.Kept()
         self.training = site.module.training
 
     def __getattr__(self, name: str) -> Any:
@@ -169,9 +172,10 @@ class Adapted(nn.Module):
             return getattr(self.get_base_layer(), name)
         except AttributeError:
             found = {n: getattr(e.cfg, name) for n, e in self.entries.items() if name in own_fields(e.cfg.__class__)}
-            if not found:
+            made = {n: e.method.derived[name] for n, e in self.entries.items() if name in e.method.derived}
+            if not found and name not in self._derived:
                 raise
-            return found
+            return found | {n: of(self.view(n)) for n, of in made.items()}
 
     # -- adapters --------------------------------------------------------------------------------------
     def add(
@@ -209,6 +213,7 @@ class Adapted(nn.Module):
             drops: Any = self._modules[method.dropout]
             drops[name] = nn.Dropout(rate) if rate > 0 else nn.Identity()
         self.entries[name] = entry
+        self._derived.update(method.derived)
         self.scaling[name] = method.scaling(cfg)
         self.changed()
         return View(self, name)
@@ -235,6 +240,13 @@ class Adapted(nn.Module):
     def changed(self) -> None:
         """Forget cached views."""
         self._plans_version = -1
+        self.kept.stacks = None
+        self.host.structure += 1
+
+    def train(self, mode: bool = True) -> Adapted:
+        if mode:
+            self.kept.stacks = None
+        return super().train(mode)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -281,6 +293,7 @@ class Adapted(nn.Module):
         for adapter in self.entries:
             self.require_grad(adapter, adapter in names and not inference_mode)
         self.own_active = tuple(names)
+        self.host.apart = True
         self.changed()
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -295,13 +308,16 @@ class Adapted(nn.Module):
 
     def parameters_of(self, adapter: str) -> Iterable[nn.Parameter]:
         """The trained tensors of an adapter on this layer, shared ones left out."""
+        return (getattr(holder, leaf) for holder, leaf in self.trained_places(adapter))
+
+    def trained_places(self, adapter: str) -> list[tuple[Any, str]]:
+        """(module, attribute) of each of them."""
         entry = self.entries[adapter]
-        for key, spec in entry.specs.items():
-            if spec.train:
-                holder, leaf = entry.where[attribute(key)]
-                yield getattr(holder, leaf)
+        return [entry.where[attribute(key)] for key, spec in entry.specs.items() if spec.train]
 
     def require_grad(self, adapter: str, on: bool) -> None:
+        if on:
+            self.host.unfrozen.add(adapter)
         for p in self.parameters_of(adapter):
             p.requires_grad_(on)
 
@@ -352,10 +368,11 @@ class Adapted(nn.Module):
         if self.host.rows is not None and self.enabled:
             return rows.forward(self, self.host.rows, x, args, kwargs)
         base: Any = self.base_layer
-        groups = self.plan(self.compute_dtype(x))
+        dtype = self.compute_dtype(x)
+        groups = self.plan(dtype)
         if not groups:
             return base(x, *args, **kwargs)
-        base = Base(self.site)
+        base = Base(self.site, dtype)
         for method, views in groups[:-1]:
             base = Stacked(base, method, views)
         method, views = groups[-1]
@@ -418,7 +435,13 @@ class Adapted(nn.Module):
         W, b = W.to(work), None if b is None else b.detach().to(work)
         with torch.no_grad():
             for method, views in self.groups(names, work):
+                shape = W.shape
                 W, b = method.merged(views, W, b)
+                if W.shape != shape:
+                    raise CannotMerge(
+                        f"{method.name} on {self.site!r} reads all channels while the layer has {self.site.groups} "
+                        "groups, so no weight of the layer's shape equals it; keep it unmerged"
+                    )
         return W, b
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -440,10 +463,11 @@ class Adapted(nn.Module):
         W, b = self.merged_weights(everything)
         if safe_merge and not (torch.isfinite(W).all() and (b is None or torch.isfinite(b).all())):
             raise ValueError(
-                f"NaNs detected in the merged weights of {self.site!r}. The adapter {', '.join(names)} seems to be "
-                "broken; nothing was merged into this layer"
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: on "
+                f"{self.site!r} it gives NaN or infinity, so nothing was merged into this layer"
             )
         self._backup = self.site.put(W, b)
+        self.host.merged = True
         self.merged_adapters = everything
         self.changed()
 
@@ -525,10 +549,10 @@ def _called(method: Method, views: tuple[View, ...], base: Any, *args: Any, **kw
 
 
 class Base:
-    """The base layer as methods see it: a call, a weight, a bias."""
+    """The base layer as methods see it: a call, a weight, a bias. dtype: of a quantised layer's, in this call."""
 
-    def __init__(self, site: Site):
-        self.site = site
+    def __init__(self, site: Site, dtype: torch.dtype | None = None):
+        self.site, self.dtype = site, dtype if site.quantised else None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.site.module(x, *args, **kwargs)
@@ -538,16 +562,18 @@ class Base:
         return self.site.plain() and x.dtype == self.site.dtype and plain_autograd(x)
 
     def weight(self) -> Tensor:
-        return self.site.weight()
+        W = self.site.weight()
+        return W if self.dtype is None else W.to(self.dtype)
 
     def bias(self) -> Tensor | None:
-        return self.site.bias()
+        b = self.site.bias()
+        return b if self.dtype is None or b is None else b.to(self.dtype)
 
     def exact_for(self, x: Tensor) -> bool:
         """Whether a change added to the weight keeps its small values: float32 or better throughout, no autocast."""
         dtype, device = self.site.dtype, x.device
         fine = x.dtype == dtype and dtype in (torch.float32, torch.float64) and self.site.device == device
-        return fine and not torch.is_autocast_enabled(device.type)
+        return fine and not self.site.quantised and not torch.is_autocast_enabled(device.type)
 
 
 class Stacked:

@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import files, hub, prompts, registry, schedule, state
+from . import base_mark, files, hub, prompts, registry, schedule, state
 from . import inject as injection
 from .config import PeftConfig, PromptLearningConfig
 from .context import BASE, Host, Rows
 from .errors import AdapterError
+from .grow import make_room
 from .replace import SavedModule
 from .status import layer_status, model_status
 from .tuner import Tuner
+from .walk import walk
 
 
 def _signed_like(model: nn.Module, base: nn.Module) -> Any:
@@ -40,6 +42,7 @@ class PeftModel(nn.Module):
     """
 
     heads: tuple[str, ...] = ()  # modules that a task trains whole, where the model has them
+    _hf_peft_config_loaded = True  # what transformers' Trainer asks of a quantised model: it has adapters to train
 
     def __init__(
         self,
@@ -158,7 +161,7 @@ class PeftModel(nn.Module):
     def _inputs_need_grad(self) -> None:
         """Gradient checkpointing of a frozen model needs an input that carries gradients."""
         model: Any = self.get_base_model()
-        on = any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+        on = any(m.__dict__.get("gradient_checkpointing", False) for _, m in walk(model))
         if on and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
 
@@ -189,7 +192,8 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         fill: bool = True,
     ) -> None:
-        """Add an adapter beside the others; it is not active before set_adapter.
+        """Add an adapter beside the others; it is not active before set_adapter, save that an adaption prompt takes
+        over at once.
 
         Raises ValueError for a name in use or a config that does not fit beside those there.
         """
@@ -204,6 +208,8 @@ class PeftModel(nn.Module):
         if not prompt:
             self.base_model.autocast_adapter_dtype = autocast_adapter_dtype
             self.base_model.add_adapter(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, fill=fill)
+            if peft_config.is_adaption_prompt:
+                self.set_adapter(adapter_name)
         else:
             assert self.prompt_configs is not None
             if adapter_name in self.prompt_configs:
@@ -241,7 +247,7 @@ class PeftModel(nn.Module):
         return listed
 
     def _saved(self) -> Iterator[tuple[str, SavedModule]]:
-        return ((n, m) for n, m in self.named_modules() if isinstance(m, SavedModule))
+        return ((n, m) for n, m in walk(self) if isinstance(m, SavedModule))
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make an adapter (or several, for methods that add up) active and trainable."""
@@ -408,6 +414,7 @@ class PeftModel(nn.Module):
         elif not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}")
         config.inference_mode = not is_trainable
+        make_room(model, config)
         target = TASKS.get(_plain(config.task_type), PeftModel) if cls in (PeftModel, *TASKS.values()) else cls
         config.allow_unmatched = True  # strict loading of the tensors finds every real mismatch
         out = target(
@@ -469,6 +476,7 @@ class PeftModel(nn.Module):
         report = hub.put(self, adapter, hub.renamed(tensors, key_mapping), ignore_mismatched_sizes=ignore)
         if strict:
             report.check(path)
+        base_mark.warn_if_other(self.get_base_model(), path)
         active = self.host.active  # beside an adapter that trains, another waits until it is active
         waits = adapter not in active and not all(self.peft_config[n].inference_mode for n in active)
         self.set_requires_grad(adapter, is_trainable and not waits)

@@ -112,6 +112,7 @@ def parameter_layers(
         wanted,
         names=plain_modules(tuner.model),
         allow_unmatched=getattr(cfg, "allow_unmatched", False),
+        modules_given=bool(getattr(cfg, "target_modules", None)),
     )
     _same_set(tuner, {f"{path}.{parameter}" for path, _, parameter in found})
     outer: dict[str, nn.Module] = {}

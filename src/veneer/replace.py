@@ -108,6 +108,8 @@ class SavedModule(Wrapper):
         for p in made.parameters():
             if p.is_floating_point():
                 p.requires_grad_(True)
+        self.host.unfrozen.add(adapter)
+        self.host.structure += 1
         self.modules_to_save[adapter] = made
 
     adapter_layer_names = ("modules_to_save",)
@@ -125,6 +127,7 @@ class SavedModule(Wrapper):
     def delete_adapter(self, adapter: str) -> None:
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
+            self.host.structure += 1
 
     @property
     def active_adapters(self) -> list[str]:
@@ -136,6 +139,7 @@ class SavedModule(Wrapper):
         for adapter in self.modules_to_save:
             self.require_grad(adapter, adapter in names and not inference_mode)
         self.own_active = names
+        self.host.apart = True
 
     def enable_adapters(self, enabled: bool) -> None:
         self.own_enabled = enabled
@@ -151,9 +155,15 @@ class SavedModule(Wrapper):
 
     def require_grad(self, adapter: str, on: bool) -> None:
         if adapter in self.modules_to_save:
-            for p in self.modules_to_save[adapter].parameters():
-                if p.is_floating_point():
-                    p.requires_grad_(on)
+            if on:
+                self.host.unfrozen.add(adapter)
+            for holder, leaf in self.floating(adapter):
+                getattr(holder, leaf).requires_grad_(on)
+
+    def floating(self, adapter: str) -> list[tuple[nn.Module, str]]:
+        """(module, attribute) of the parameters of an adapter's copy that can have gradients."""
+        inside = self.modules_to_save[adapter].modules() if adapter in self.modules_to_save else ()
+        return [(m, n) for m in inside for n, p in m._parameters.items() if p is not None and p.is_floating_point()]
 
     def running(self) -> nn.Module:
         """The module that a call uses now."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from . import row_cache
 from .context import Rows, per_row
 from .errors import AdapterError
 from .kinds import Additive, Gate, LowRank, Method, Replace, Reweight
@@ -109,6 +110,10 @@ class Bucket:
 
 def forward(layer: Adapted, rows: Rows, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
     """The layer's output where row i of x uses adapter rows.names[rows.index[i]], or the base where it is -1."""
+    if not args and not kwargs:
+        fast = row_cache.product(layer, rows, x)
+        if fast is not None:
+            return fast
     buckets = _buckets(layer, rows, x)
     for b in buckets:
         if isinstance(b.method, Gate):
@@ -130,7 +135,8 @@ def _apply(b: Bucket, layer: Adapted, x: Tensor, y: Tensor) -> Tensor:
     if isinstance(method, Additive):
         return b.add(y, _additive(b, method, site, b.take(x)))
     if isinstance(method, Reweight) or (isinstance(method, Gate) and method.by_weight(site)):
-        return b.put(y, _reweight(b, method, layer, b.take(x)))
+        part = _reweight(b, method, layer, b.take(x))
+        return b.add(y, part) if site.quantised else b.put(y, part)
     if isinstance(method, Gate):
         if not method.gates(b.views[0])[1]:
             return y
@@ -190,13 +196,19 @@ def _low_rank(b: Bucket, x: Tensor) -> Tensor:
 
 
 def _reweight(b: Bucket, method: Method, layer: Adapted, x: Tensor) -> Tensor:
+    """The output with each row's weight; on a quantised base, what that adds to the base's own output."""
     W, bias = layer.site.weight(), layer.site.bias()
+    less = layer.site.quantised
+    if less:
+        W, bias = W.to(x.dtype), None if bias is None else bias.to(x.dtype)
     tensors, scaling = b.stacked()
     first = b.views[0]
 
     def new(t: dict[str, Tensor], s: Tensor) -> tuple[Tensor, Tensor]:
         p: Any = RowView(first, t, s)
         new_W, nb = method.merged([p], W, bias)
+        if less:
+            new_W, nb = new_W - W, None if nb is None or bias is None else nb - bias
         return new_W, W.new_zeros(layer.site.out) if nb is None else nb
 
     Ws, bs = vmap(new)(tensors, scaling)

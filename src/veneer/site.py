@@ -28,6 +28,7 @@ class Site(ABC):
     whole: the site is the module's call itself, not a weight in it.
     read_directly: the parent reads the layer's weight itself, so the wrapper's `weight` is the adapted one.
     grouped: the weight is quantised with one scale for each group of inputs (GPTQ), which QALoRA pools.
+    quantised: the weight is packed (backends/): it is read by value, and writing one loses something.
     """
 
     kind: ClassVar[str]
@@ -39,6 +40,7 @@ class Site(ABC):
     whole: ClassVar[bool] = False
     read_directly: bool = False
     grouped: bool = False
+    quantised: ClassVar[bool] = False
     private: ClassVar[frozenset[str]] = frozenset()  # underscored attributes that parents read
 
     def __init__(self, module: nn.Module, name: str = ""):
@@ -144,6 +146,10 @@ class Site(ABC):
         """The weight of `up(down(x))`."""
         return B @ A
 
+    def ungrouped(self, W: Tensor) -> Tensor:
+        """The weight as that of a layer without groups, which reads every input: (out, inp, *kernel)."""
+        return W
+
     # -- gates: functions on the last axis -----------------------------------------------------------
     def on_input(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return f(x)
@@ -159,6 +165,16 @@ class Site(ABC):
     def per_feature(self, v: Tensor) -> Tensor:
         """A vector of `out` numbers, shaped to broadcast over the layer's output."""
         return v
+
+
+def spread(W: Tensor, groups: int) -> Tensor:
+    """(out, n / groups, *kernel) -> (out, n, *kernel): each group of outputs keeps its own inputs, zero elsewhere."""
+    if groups == 1:
+        return W
+    wide = W.new_zeros(groups, groups, W.shape[0] // groups, *W.shape[1:])  # (of the output, of the input, ...)
+    own = torch.arange(groups, device=W.device)
+    wide = wide.index_put((own, own), W.unflatten(0, (groups, -1)))
+    return wide.movedim(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _accumulate(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
@@ -274,7 +290,7 @@ class ConvSite(Site):
     def op(self, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         m: Any = self.module
         x, padding = self._padded(x)
-        return self.conv(x, W, b, m.stride, padding, m.dilation, self.groups)
+        return self.conv(x, W, b, m.stride, padding, m.dilation, self.inp // W.shape[1])
 
     def down(self, x: Tensor, A: Tensor) -> Tensor:
         m: Any = self.module
@@ -295,6 +311,9 @@ class ConvSite(Site):
             return (B2 @ A2).reshape(len(B), self.inp, *self.kernel)
         Bg, Ag = B2.unflatten(0, (self.groups, -1)), A2.unflatten(0, (self.groups, -1))
         return torch.bmm(Bg, Ag).reshape(len(B), self.inp // self.groups, *self.kernel)
+
+    def ungrouped(self, W: Tensor) -> Tensor:
+        return W if W.shape[1] == self.inp else spread(W, self.groups)
 
     def on_input(self, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         axis = -1 - len(self.kernel)

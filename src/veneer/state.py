@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import convert, share
 from .errors import AdapterError, LoadError
 from .kinds import Spec
+from .walk import walk
 
 if TYPE_CHECKING:
     from .tuner import Tuner
@@ -52,7 +53,7 @@ def module_places(model: nn.Module, adapter: str, prefix: str) -> Iterator[Place
     """Tensors of modules_to_save copies: under the module's own name."""
     from .replace import SavedModule
 
-    for path, wrapper in model.named_modules():
+    for path, wrapper in walk(model):
         if isinstance(wrapper, SavedModule) and adapter in wrapper.modules_to_save:
             copied = wrapper.modules_to_save[adapter]
             for name, module in copied.named_modules():

@@ -68,14 +68,23 @@ def _root(model: Any) -> nn.Module:
     if isinstance(base, Tuner):
         return base
     if not any(isinstance(m, Adapted) for m in model.modules()):
-        raise TypeError(
-            f"{type(model).__name__} has no adapter layers: status is for models with adapters on their layers"
+        from .model import PeftModel
+
+        if isinstance(model, PeftModel):
+            raise TypeError(
+                f"get_layer_status() got an invalid PeftModel instance; get_model_status() got an invalid PeftModel "
+                f"instance: {model.peft_type} adds to the input and has no adapter layers"
+            )
+        raise ValueError(
+            f"No adapter layers found in the model ({type(model).__name__}); status is for models with adapters on "
+            "their layers"
         )
     return model
 
 
 def layer_status(model: Any) -> list[LayerStatus]:
-    """One LayerStatus for each adapted layer and each module trained whole. Raises TypeError for a model without."""
+    """One LayerStatus for each adapted layer and each module trained whole. Raises ValueError for a model without,
+    TypeError for one whose adapters are prompts."""
     out = []
     for name, layer in _root(model).named_modules():
         if isinstance(layer, Adapted):
@@ -99,6 +108,7 @@ def _layer(name: str, layer: Adapted) -> LayerStatus:
         requires_grad={n: _agree(p.requires_grad for p in layer.parameters_of(n)) for n in sorted(layer.entries)},
         available_adapters=sorted(layer.entries),
         devices={n: sorted({t.device.type for t in _tensors(layer, n)}) for n in layer.entries},
+        quantization_backend=getattr(layer.site, "library", None),
     )
 
 

@@ -85,8 +85,8 @@ def _bare(cls: type[nn.Module]) -> Any:
 
 def _linear(shape: tuple[int, ...], _: Site) -> nn.Module:
     m = _bare(nn.Linear)
-    m.out_features, m.in_features = shape
-    m.register_parameter("bias", None)
+    m.__dict__.update(out_features=shape[0], in_features=shape[1])  # plain numbers: nn.Module's own search is slow
+    m._parameters["bias"] = None
     return m
 
 
@@ -147,8 +147,7 @@ def _box(owner: nn.Module, head: str, kind: type[nn.Module]) -> Any:
     for name in (head, f"{head}_{kind.__name__}"):
         box = owner._modules.get(name)
         if box is None:
-            box = kind()
-            owner.add_module(name, box)
+            box = owner._modules[name] = kind()  # not add_module, which asks the base layer for the name, too
         if type(box) is kind:
             return box
     raise AssertionError(f"{head} has a container of each kind")

@@ -9,6 +9,7 @@ top, ``layers`` picks layers in words (:mod:`veneer.words`), and a pattern that 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from veneer.defaults import default_targets
-from veneer.errors import NoMatchingPeftModuleError
+from veneer.errors import NoMatchingPeftModuleError, PeftWarning
 from veneer.graph import is_linear, is_transformers_model, name_tails, output_head
 from veneer.patterns import (
     TargetSpec,
@@ -112,6 +113,7 @@ class _Search:
     elsewhere: dict[str, str] = field(default_factory=dict)  # pattern -> a module of another layer
     indices: set[int] = field(default_factory=set)  # layer numbers of the modules that match
     excluded: int = 0
+    named_out: bool = False  # whether exclude_modules left out any
 
     def run(self) -> list[Match]:
         match, in_layer = self._matcher(), self._layer_filter()
@@ -126,7 +128,9 @@ class _Search:
                 self.elsewhere.update(dict.fromkeys(patterns, name))
                 continue
             self.matched.update(patterns)
-            if is_out(name) or (saved is not None and saved.search(name)):
+            out = is_out(name)
+            self.named_out |= bool(out)
+            if out or (saved is not None and saved.search(name)):
                 self.excluded += 1
             elif self._supported(name, module, patterns[0]):
                 found.append(Match(name, module, patterns[0]))
@@ -184,7 +188,8 @@ class _Search:
         missing = [pattern for pattern in wanted if pattern not in self.matched]
         lenient = not self.given or self.spec.allow_unmatched
         if missing and (len(missing) == len(wanted) or not lenient):
-            raise NoMatchingPeftModuleError(self._unmatched(missing))
+            nothing = "" if found else " No modules were targeted for adaptation."
+            raise NoMatchingPeftModuleError(self._unmatched(missing) + nothing)
         out = sorted(set(self.spec.layers_to_transform) - self.indices)
         if out and not self.spec.allow_unmatched and self.indices:
             raise NoMatchingPeftModuleError(
@@ -194,7 +199,15 @@ class _Search:
         if not found:
             raise NoMatchingPeftModuleError(
                 f"No modules were targeted for adaptation: `exclude_modules`, `modules_to_save` or the "
-                f"method left out all {self.excluded or 'modules'} that {list(wanted)} matched"
+                f"method left out all {self.excluded or 'modules'} that {list(wanted)} matched. All modules were "
+                "excluded"
+            )
+        if self.spec.exclude_modules and not self.named_out:
+            warnings.warn(
+                f"You have passed exclude_modules={self.spec.exclude_modules!r} but no modules were excluded: none of "
+                "the modules that target_modules names matches it",
+                PeftWarning,
+                stacklevel=2,
             )
 
     def _unmatched(self, missing: Sequence[str]) -> str:
@@ -243,6 +256,7 @@ def match_parameters(
     *,
     names: Iterable[tuple[str, nn.Module]] | None = None,
     allow_unmatched: bool = False,
+    modules_given: bool = False,
 ) -> list[tuple[str, nn.Module, str]]:
     """The 2-D and 3-D parameters (expert weights, say) that ``target_parameters`` names by suffix.
 
@@ -273,7 +287,14 @@ def match_parameters(
     missing = [entry for entry in target_parameters if entry not in seen]
     if missing and not (found and allow_unmatched):
         listed = "; ".join(f"{entry!r} matches nothing{near_names(entry, known)}" for entry in missing)
-        raise NoMatchingPeftModuleError(f"target_parameters not found in {type(model).__name__}: {listed}")
+        alone = not found and not modules_given
+        nothing = (
+            "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
+            "arguments."
+        )
+        raise NoMatchingPeftModuleError(
+            f"target_parameters not found in {type(model).__name__}: {listed}{f'. {nothing}' if alone else ''}"
+        )
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -16,10 +17,13 @@ from . import inject as injection
 from .config import PeftConfig
 from .context import Host
 from .errors import AdapterError, PeftWarning
+from .inits import title
 from .kinds import Method
 from .layer import Adapted, attribute
 from .replace import SavedModule
 from .site import Site
+from .tying import tied_with_embedding
+from .walk import walk
 
 
 class Tuner(nn.Module):
@@ -49,6 +53,8 @@ class Tuner(nn.Module):
         self.targeted: dict[str, list[str]] = {}
         self.replicated: list[list[int]] | None = None  # ranges of layer_replication, once they are in place
         self.schedules: dict[str, schedule.Schedule] = {}
+        self._trained_places: dict[str, list[tuple[dict[str, Any], str]]] = {}
+        self._trained_at = -1
         self.attached = attach.Attached(self)
         self.autocast_adapter_dtype = autocast_adapter_dtype
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -135,14 +141,14 @@ class Tuner(nn.Module):
 
     # -- walking ---------------------------------------------------------------------------------------
     def adapted_layers(self) -> Iterator[tuple[str, Adapted]]:
-        return ((n, m) for n, m in self.model.named_modules() if isinstance(m, Adapted))
+        return ((n, m) for n, m in walk(self.model) if isinstance(m, Adapted))
 
     def saved_modules(self) -> Iterator[tuple[str, SavedModule]]:
-        return ((n, m) for n, m in self.model.named_modules() if isinstance(m, SavedModule))
+        return ((n, m) for n, m in walk(self.model) if isinstance(m, SavedModule))
 
     def wrappers(self) -> Iterator[tuple[str, Any]]:
         """Every module that the engine put in place of another."""
-        return ((n, m) for n, m in self.model.named_modules() if getattr(m, "is_adapter_wrapper", False))
+        return ((n, m) for n, m in walk(self.model) if getattr(type(m), "is_adapter_wrapper", False))
 
     # -- adapters --------------------------------------------------------------------------------------
     def add_adapter(self, name: str, cfg: Any, *, low_cpu_mem_usage: bool = False, fill: bool = True) -> None:
@@ -208,6 +214,16 @@ class Tuner(nn.Module):
                     f"{alone} cannot be combined with adapters that don't use it, since {alone} modifies the base "
                     f"weights: adapter {name!r} does not fit beside {', '.join(map(repr, self.peft_config))}"
                 )
+        changing = [c for c in (*self.peft_config.values(), cfg) if registry.method_of(c).changes_base(c)]
+        if self.peft_config and changing and not method.exclusive:
+            with_init = [title(c) for c in changing if hasattr(c, "init_lora_weights")]
+            warnings.warn(
+                f"{with_init[0] if with_init else changing[0].peft_type} changes the base weights of the model and "
+                "should thus not be used with other adapters, which were made for the base as it was: give each a "
+                "model of its own, or save this one with path_initial_model_for_weight_conversion, as a plain LoRA",
+                PeftWarning,
+                stacklevel=3,
+            )
         biased = [n for n, c in {**self.peft_config, name: cfg}.items() if getattr(c, "bias", "none") != "none"]
         if len(biased) > 1:
             raise ValueError(
@@ -239,6 +255,7 @@ class Tuner(nn.Module):
         self.methods.pop(adapter_name, None)
         self.targeted.pop(adapter_name, None)
         self.schedules.pop(adapter_name, None)
+        self.host.unfrozen.discard(adapter_name)
         left = tuple(n for n in self.host.active if n != adapter_name)
         self.host.activate(left)
         if not left and self.peft_config:
@@ -267,33 +284,62 @@ class Tuner(nn.Module):
         A merged model is unmerged first, with a warning.
         """
         names = self.known(adapter_name)
-        if any(layer.merged for _, layer in self.adapted_layers()):
+        if self.host.merged and any(layer.merged for _, layer in self.adapted_layers()):
             warnings.warn(
                 "Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning, stacklevel=2
             )
             self.unmerge_adapter()
-        for path, m in self.wrappers():
-            both = [n for n in names if isinstance(m, SavedModule) and n in m.modules_to_save]
-            if len(both) > 1:
-                raise ValueError(
-                    f"Only one adapter can be set at a time for ModulesToSaveWrapper: {path} has a copy of its own in "
-                    f"each of {', '.join(both)}"
-                )
-        for _, m in self.wrappers():
-            m.own_active = None
+        if len(names) > 1:
+            for path, wrapper in self.saved_modules():
+                both = [n for n in names if n in wrapper.modules_to_save]
+                if len(both) > 1:
+                    raise ValueError(
+                        f"Only one adapter can be set at a time for ModulesToSaveWrapper: {path} has a copy of its own "
+                        f"in each of {', '.join(both)}"
+                    )
+        if self.host.apart:
+            for _, m in self.wrappers():
+                m.own_active = None
+            self.host.apart = False
         self.host.activate(names)
         for n in self.peft_config:
-            self.require_grad(n, n in names and not inference_mode)
+            on = n in names and not inference_mode
+            if on or self._may_train(n):
+                self.require_grad(n, on)
+
+    def _may_train(self, adapter: str) -> bool:
+        """Whether a tensor of the adapter may require gradients. The first tensor stands for those that a caller
+        unfroze without the engine (all of a model's parameters, say)."""
+        held = self._trained(adapter)
+        return adapter in self.host.unfrozen or bool(held and held[0][0][held[0][1]].requires_grad)
+
+    def _trained(self, adapter: str) -> list[tuple[dict[str, Any], str]]:
+        """Where the adapter's trained tensors are, found once: (a module's _parameters, name)."""
+        if self._trained_at != self.host.structure:
+            self._trained_places, self._trained_at = {}, self.host.structure
+        found = self._trained_places.get(adapter)
+        if found is None:
+            places: list[tuple[Any, str]] = []
+            for _, m in self.wrappers():
+                if isinstance(m, SavedModule):
+                    places += m.floating(adapter)
+                elif adapter in getattr(m, "entries", ()):
+                    places += m.trained_places(adapter)
+            for key, spec in self.shared_specs.get(adapter, {}).items():
+                if spec.train:
+                    places.append(storage.holder_of(self, key, adapter))
+            for part in self.attached.modules(adapter).values():
+                places += [(m, n) for m in part.modules() for n, p in m._parameters.items() if p is not None]
+            found = self._trained_places[adapter] = [(holder._parameters, leaf) for holder, leaf in places]
+        return found
 
     def require_grad(self, adapter: str, on: bool) -> None:
-        for _, m in self.wrappers():
-            if isinstance(m, SavedModule) or adapter in getattr(m, "entries", ()):
-                m.require_grad(adapter, on)
-        for key, spec in self.shared_specs.get(adapter, {}).items():
-            if spec.train:
-                holder, leaf = storage.holder_of(self, key, adapter)
-                getattr(holder, leaf).requires_grad_(on)
-        self.attached.require_grad(adapter, on)
+        for parameters, leaf in self._trained(adapter):
+            parameters[leaf].requires_grad_(on)
+        if on:
+            self.host.unfrozen.add(adapter)
+        else:
+            self.host.unfrozen.discard(adapter)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for n in self.known(adapter_names):
@@ -358,6 +404,20 @@ class Tuner(nn.Module):
             for layer in done:
                 layer.unmerge()
             raise
+        if errors := self.merge_errors():
+            from .backends.quantised import summary
+
+            warnings.warn(
+                f"The base is quantised: {summary(errors)}. merge_errors() has the layers; merging into the original "
+                "weights loses nothing (`veneer merge --merge-into original`)",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+    def merge_errors(self) -> dict[str, Any]:
+        """Layer path -> backends.quantised.MergeError of the quantised layers that adapters are merged into."""
+        found = ((n, getattr(m.site, "merge_error", None)) for n, m in self.adapted_layers())
+        return {n: error for n, error in found if error is not None}
 
     def unmerge_adapter(self) -> None:
         for _, layer in self.adapted_layers():
@@ -424,6 +484,32 @@ class Tuner(nn.Module):
         if adapters and all(self.peft_config[n].peft_type == "IA3" for n in self.known(adapters)):
             return add_weighted_vectors(self, adapters, weights, adapter_name)
         return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+
+    # -- what was adapted -------------------------------------------------------------------------------
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """Paths of the layers that the adapters' target_modules matched, each once."""
+        return list(dict.fromkeys(n for names in self.targeted.values() for n in names))
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """Paths of the parameters that the adapters' target_parameters matched."""
+        sites = (layer.site for _, layer in self.adapted_layers() if layer.site.kind == "parameter")
+        return [f"{site.name}.{site.names[0]}" for site in sites]
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """A model's config as a dict, whatever kind it is; {"model_type": "custom"} where there is none."""
+        config: Any = getattr(model, "config", None)
+        if config is None:
+            return {"model_type": "custom"}
+        if isinstance(config, dict):
+            return config
+        own = getattr(config, "to_dict", None)
+        return dataclasses.asdict(config) if own is None else own()
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return tied_with_embedding(self.model)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether convert_to_lora can turn this adapter into a LoRA."""

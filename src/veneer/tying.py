@@ -29,19 +29,55 @@ def partners(model: nn.Module, path: str) -> list[str]:
     )
 
 
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Groups of modules that hold one weight; none where the model's config says that words are not tied."""
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False:
+        return []
+    groups: dict[int, list[str]] = {}
+    for path, module in plain_modules(model, saved=True):
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            groups.setdefault(id(weight), []).append(path)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def tied_with(model: nn.Module, paths: Iterable[str], cfg: Any) -> dict[str, list[str]]:
-    """Each path's partners where the config asks to keep them tied; warns where there are none."""
-    if not getattr(cfg, "ensure_weight_tying", False):
+    """Each path's partners where the config asks to keep them tied. Warns where it asks and there are none, and where
+    it does not ask and one of two tied modules is to be changed."""
+    asked = getattr(cfg, "ensure_weight_tying", None)
+    if asked is None:
         return {}
-    found = {path: others for path in paths if (others := partners(model, path))}
-    if not found and not getattr(cfg, "trainable_token_indices", None):
-        warnings.warn(
-            f"ensure_weight_tying is set, but none of the modules in modules_to_save or target_modules of "
-            f"{type(model).__name__} holds a weight that another module holds too",
-            PeftWarning,
-            stacklevel=2,
+    groups, paths = _tied(model), list(paths)
+    found = {path: [p for p in group if p != path] for path in paths for group in groups if path in group}
+    said = None
+    if not asked and found:
+        path, others = next(iter(found.items()))
+        said = (
+            f"{path} holds the same weight as {', '.join(others)}, and `ensure_weight_tying` is not set to True: what "
+            "is trained there changes that module alone, and merging unties the two"
         )
-    return found
+    elif asked and not found and not getattr(cfg, "trainable_token_indices", None):
+        said = "ensure_weight_tying is set, but " + (
+            "no tied modules are added to modules_to_save or target_modules: the model ties "
+            + "; ".join(" and ".join(group) for group in groups)
+            if groups
+            else f"no tied modules were found in the model ({type(model).__name__}): no two hold one weight, or its "
+            "config says tie_word_embeddings=False"
+        )
+    if said is not None:
+        warnings.warn(said, PeftWarning, stacklevel=2)
+    return found if asked else {}
+
+
+def tied_with_embedding(model: Any) -> list[str]:
+    """Paths of the modules that hold the input embedding's weight, too; none where the model's config does not tie."""
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(base, "config", None), "tie_word_embeddings", True) is False:
+        return []
+    table = base.get_input_embeddings()
+    table = table.get_base_layer() if isinstance(table, Adapted) else table
+    path = next((p for p, m in plain_modules(base, saved=True) if m is table), None)
+    return [] if path is None else partners(base, path)
 
 
 class Transposed(nn.Module):

@@ -203,6 +203,7 @@ BEYOND_PEFT: dict[str, str] = {
     ),
     "QALORA-Conv1d-circular": "peft cannot run dilations and padding modes other than zeros",
     "LORA-Conv1d-circular": "peft cannot run dilations and padding modes other than zeros",
+    "DORA-Conv2d-groups": "peft divides by another length than that of W + B A",
     "DORA-Conv1d-circular": "peft cannot run dilations and padding modes other than zeros",
     "LOHA-Conv1d-circular": NOT_ITS_MERGE,
     "TRAINABLE_TOKENS-Linear": NOT_ITS_MERGE,

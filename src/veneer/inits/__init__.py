@@ -54,6 +54,16 @@ def _name(cfg: Any) -> str:
     return name
 
 
+# what their papers call them
+TITLES = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "lora_ga": "LoRA-GA", "loftq": "LoftQ"}
+
+
+def title(cfg: Any) -> str:
+    """The paper's name of a config's initial values."""
+    name = _name(cfg)
+    return TITLES.get(name, name)
+
+
 def changes_base(cfg: Any) -> bool:
     return INITS[_name(cfg)]
 

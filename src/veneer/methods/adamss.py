@@ -73,6 +73,9 @@ class AdamssConfig(AdapterConfig):
             raise ValueError(
                 f"`mask_interval` must be a positive integer when `use_asa=True`, got {self.mask_interval}."
             )
+        for key, kind in (("asa_target_subspaces", "integer"), ("asa_schedule_exponent", "number")):
+            if self.use_asa and getattr(self, key) <= 0:
+                raise ValueError(f"`{key}` must be a positive {kind} when `use_asa=True`, got {getattr(self, key)}.")
 
 
 def decomposed(cfg: AdamssConfig, site: Site) -> tuple[Tensor, Tensor]:

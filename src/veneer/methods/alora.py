@@ -19,12 +19,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import inits
 from ..errors import AdapterError, PeftWarning
-from ..kinds import LowRank, Spec
 from ..layer import View
 from ..site import Site
-from .lora import LoraConfig, lora_bias_delta, lora_check, lora_factors, lora_scaling, lora_tensors
+from .lora import LoraFactors, lora_bias_delta, lora_check
 
 KEY = "alora:"  # + adapter: in a call's data, (rows, tokens), where it acts
 NEVER = torch.iinfo(torch.int64).max
@@ -96,11 +94,8 @@ class Watch:
             cache.alora_starts = self.begun
 
 
-class ALoRA(LowRank):
-    Config = LoraConfig
+class ALoRA(LoraFactors):
     sites = frozenset({"linear"})
-    prefix = "lora_"
-    dropout = "lora_dropout"
     mergeable = False
     everywhere = False
     reads = frozenset({"alora_offsets"})
@@ -113,21 +108,6 @@ class ALoRA(LowRank):
         lora_check(cfg, site)
         if not cfg.alora_invocation_tokens:
             raise ValueError("alora_invocation_tokens is empty: give the token ids that switch the adapter on")
-
-    def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
-        return lora_tensors(cfg, site)
-
-    def scaling(self, cfg: Any) -> float:
-        return lora_scaling(cfg)
-
-    def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
-        return inits.initial(p, cfg, weight)
-
-    def changes_base(self, cfg: Any) -> bool:
-        return inits.changes_base(cfg)
-
-    def factors(self, p: View) -> tuple[Tensor, Tensor]:
-        return lora_factors(p)
 
     @contextmanager
     def listener(self, tuner: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
@@ -167,6 +147,3 @@ class ALoRA(LowRank):
             if bias is not None:
                 y = y + (bias if where is None else bias * where).to(y.dtype)
         return y
-
-    def bias_delta(self, p: View) -> Tensor | None:
-        return lora_bias_delta(p)

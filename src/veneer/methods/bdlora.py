@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..kinds import LowRank, Spec
+from ..kinds import Spec
 from ..layer import View
 from ..site import Site
-from .lora import LoraConfig, lora_bias_delta, lora_check, lora_scaling, lora_tensors
+from .lora import LoraFactors, lora_bias_delta, lora_check, lora_tensors
 
 
 def _blocked(cfg: Any, site: Site) -> str:
@@ -38,11 +38,8 @@ def _diagonal(blocks: Tensor, n: int) -> Tensor:
     return (apart[:, :, None] * eye[:, None, :, None]).flatten(2).flatten(0, 1)
 
 
-class BdLoRA(LowRank):
-    Config = LoraConfig
+class BdLoRA(LoraFactors):
     sites = frozenset({"linear"})
-    prefix = "lora_"
-    dropout = "lora_dropout"
     example: ClassVar[dict[str, Any]] = {"use_bdlora": {"nblocks": 2, "match_strict": False}}
 
     def check(self, cfg: Any, site: Site) -> None:
@@ -75,9 +72,6 @@ class BdLoRA(LowRank):
         if factor == "B":
             out.pop("lora_B.bias", None)
         return out
-
-    def scaling(self, cfg: Any) -> float:
-        return lora_scaling(cfg)
 
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
         if cfg.init_lora_weights == "gaussian":

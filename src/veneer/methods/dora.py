@@ -5,8 +5,9 @@
     lora_A, lora_B           as LoRA's
     lora_magnitude_vector    (out,), (1, out, 1, ...) on a convolution; starts as ||W||
 
-Reached by LoraConfig(use_dora=True). Merges. With two DoRA adapters active the changes W' - W are added, in the
-forward pass as in the merged weight.
+Reached by LoraConfig(use_dora=True). Merges; on a convolution with groups > 1 it does not: A reads every channel, so V
+is the weight of a convolution without groups, and its length that one's. With two DoRA adapters active the changes
+W' - W are added, in the forward pass as in the merged weight.
 """
 
 from __future__ import annotations
@@ -20,20 +21,25 @@ import torch
 from torch import Tensor
 
 from .. import inits
-from ..errors import AdapterError
-from ..kinds import Reweight, Spec
+from ..kinds import Reweight, Spec, Weights
 from ..layer import View
 from ..scaled_kernels import rescaled_low_rank
-from ..site import Site
+from ..site import Site, spread
 from .lora import DENSE, LoraConfig, lora_check, lora_factors, lora_scaling, lora_tensors
+
+
+def _factors(p: View) -> tuple[Tensor, Tensor]:
+    """B (out, r) and A (r, inp * kernel); B of a layer with groups is zero between groups."""
+    B, A = lora_factors(p)
+    return spread(B, p.site.groups).flatten(1), A.flatten(1)
 
 
 def _length(W: Tensor, p: View) -> Tensor:
     """Norm of W + s B A for each output (an embedding's: of each column of its table), (out,), no matrix formed:
     |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T."""
-    B, A = (t.flatten(1) for t in lora_factors(p))
+    B, A = _factors(p)
     work = torch.promote_types(W.dtype, torch.float32)
-    W, B, A = W.flatten(1).to(work), B.to(work) * p.scaling, A.to(work)
+    W, B, A = p.site.ungrouped(W).flatten(1).to(work), B.to(work) * p.scaling, A.to(work)
     square = torch.linalg.vector_norm(W, dim=1).square() + (B * (2 * (W @ A.mT) + B @ (A @ A.mT))).sum(1)
     return square.clamp(min=torch.finfo(work).tiny).sqrt()
 
@@ -62,7 +68,10 @@ class DoraCaching:
     def __exit__(self, *_: Any) -> None:
         self._set(self.before)
 
-    def __call__(self, f: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self, f: Callable[..., Any] | None = None, *, enabled: bool | None = None) -> Any:
+        if f is None:
+            self._set(self.enabled if enabled is None else enabled)
+            return self
         self._set(self.before)  # a decorator is on during its function's calls alone
 
         @functools.wraps(f)
@@ -82,16 +91,11 @@ class DoRA(Reweight):
     exempt: ClassVar[dict[str, str]] = {
         "gradcheck": "the norm counts as a constant in the gradient (section 4.3); "
         "test_dora_gradient_with_the_norm_constant checks that one instead",
+        "forward == merged with groups": "A reads every channel and a grouped kernel does not, so merging is refused",
     }
 
     def check(self, cfg: Any, site: Site) -> None:
         lora_check(cfg, site)
-        if site.groups > 1:
-            raise AdapterError(
-                f"use_dora=True on {site!r}: with {site.groups} groups, W + B A has no weight of the layer's shape "
-                f"and so "
-                "no norm; take the layer out of target_modules or set use_dora=False"
-            )
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         shape = (1, site.out, *(1 for _ in site.kernel)) if site.kernel else (site.out,)
@@ -125,9 +129,12 @@ class DoRA(Reweight):
         return found
 
     def weight(self, p: View, W: Tensor) -> Tensor:
-        B, A = lora_factors(p)
-        V = W + p.site.compose(B, A).to(W.dtype) * p.scaling
+        B, A = _factors(p)
+        V = W + (B @ A).reshape(W.shape).to(W.dtype) * p.scaling
         return V * self.ratio(p, W).to(W.dtype).reshape(-1, *[1] * (V.dim() - 1))
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        return super().merged(ps, ps[0].site.ungrouped(W), b)
 
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
         """y = b + base + sum over adapters of (c - 1) base + c s B A x, where base = W x and c is the ratio."""

@@ -49,7 +49,9 @@ class GraloraConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = "GRALORA"
-        if self.gralora_k > 0 and self.r % self.gralora_k:
+        if self.gralora_k <= 0:
+            raise ValueError(f"`gralora_k` should be a positive integer value but the value passed is {self.gralora_k}")
+        if self.r % self.gralora_k:
             raise ValueError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}")
 
 

@@ -17,17 +17,14 @@ import torch
 from torch import Tensor
 
 from .. import inits
-from ..kinds import LowRank, Spec
+from ..kinds import Spec
 from ..layer import View
 from ..site import Site
-from .lora import LoraConfig, lora_bias_delta, lora_check, lora_scaling, lora_tensors
+from .lora import LoraFactors, lora_check, lora_tensors
 
 
-class KaSA(LowRank):
-    Config = LoraConfig
+class KaSA(LoraFactors):
     sites = frozenset({"linear"})
-    prefix = "lora_"
-    dropout = "lora_dropout"
     exclusive = True
     example: ClassVar[dict[str, Any]] = {"kasa_config": {}}
     exempt: ClassVar[dict[str, str]] = {
@@ -46,9 +43,6 @@ class KaSA(LowRank):
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         return {**lora_tensors(cfg, site), "lora_diag": Spec((cfg.r,))}
 
-    def scaling(self, cfg: Any) -> float:
-        return lora_scaling(cfg)
-
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
         base = inits.initial(p, cfg, weight)
         W = weight() if base is None else base
@@ -64,9 +58,6 @@ class KaSA(LowRank):
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         return p.lora_B * p.lora_diag, p.lora_A
-
-    def bias_delta(self, p: View) -> Tensor | None:
-        return lora_bias_delta(p)
 
     def extra_loss(self, ps: Sequence[View]) -> Tensor | None:
         cfg = ps[0].cfg.kasa_config

@@ -82,6 +82,10 @@ class LoraConfig(AdapterConfig):
         super().__post_init__()
         self.peft_type = "LORA"
         inits.settle(self)
+        if isinstance(self.target_parameters, str):
+            raise TypeError(
+                f"`target_parameters` must be a list of strings or None. Got the string {self.target_parameters!r}"
+            )
         for name in lora_options.PARTS:
             setattr(self, name, lora_options.made(name, getattr(self, name)))
         if self.lora_bias and self.use_dora:
@@ -159,7 +163,8 @@ def lora_check(cfg: LoraConfig, site: Site) -> None:
     if cfg.r % site.groups:
         raise ValueError(
             f"Targeting a {type(site.module).__name__} with groups={site.groups} and rank {cfg.r}. "
-            f"Currently, support is limited to conv layers where the rank is divisible by groups. ({site!r})"
+            f"Currently, support is limited to conv layers where the rank is divisible by groups. "
+            f"Either choose a different rank or do not target this layer. ({site!r})"
         )
     if site.kind == "parameter" and (cfg.lora_bias or cfg.fan_in_fan_out):
         option = "lora_bias" if cfg.lora_bias else "fan_in_fan_out"
@@ -168,17 +173,12 @@ def lora_check(cfg: LoraConfig, site: Site) -> None:
         raise AdapterError(f"lora_bias=True on {site!r}: an embedding has no bias; take it out of target_modules")
 
 
-class LoRA(LowRank):
+class LoraFactors(LowRank):
+    """What LoRA and its variants have in common: A and B under LoRA's names, its config, scaling and initial values."""
+
     Config = LoraConfig
-    sites = DENSE | {"parameter"}
     prefix = "lora_"
     dropout = "lora_dropout"
-    exempt: ClassVar[dict[str, str]] = {
-        "forward == merged with groups": "A reads every channel and a grouped kernel does not, so merging is refused",
-    }
-
-    def variant(self, cfg: Any) -> str | None:
-        return lora_variant(cfg)
 
     def check(self, cfg: Any, site: Site) -> None:
         lora_check(cfg, site)
@@ -200,3 +200,14 @@ class LoRA(LowRank):
 
     def bias_delta(self, p: View) -> Tensor | None:
         return lora_bias_delta(p)
+
+
+class LoRA(LoraFactors):
+    sites = DENSE | {"parameter"}
+    steady = True
+    exempt: ClassVar[dict[str, str]] = {
+        "forward == merged with groups": "A reads every channel and a grouped kernel does not, so merging is refused",
+    }
+
+    def variant(self, cfg: Any) -> str | None:
+        return lora_variant(cfg)

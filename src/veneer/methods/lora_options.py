@@ -122,7 +122,7 @@ def made(name: str, value: Any) -> Any:
     if value is None or isinstance(value, part):
         return value
     if not isinstance(value, dict):
-        raise TypeError(f"`{part.__name__}` must be a `{part.__name__}`, a dict, or None.")
+        raise TypeError(f"`{name}` must be a `{part.__name__}`, a dict, or None; got {value!r}.")
     unknown = sorted(set(value) - set(part.__dataclass_fields__))  # type: ignore[attr-defined]
     if unknown:
         known = ", ".join(part.__dataclass_fields__)  # type: ignore[attr-defined]

@@ -18,17 +18,14 @@ import torch
 from torch import Tensor
 
 from .. import inits
-from ..kinds import LowRank, Spec
+from ..kinds import Spec
 from ..layer import View
 from ..site import Site
-from .lora import LoraConfig, lora_check, lora_factors, lora_scaling, lora_tensors
+from .lora import LoraFactors, lora_check, lora_tensors
 
 
-class MiCA(LowRank):
-    Config = LoraConfig
+class MiCA(LoraFactors):
     sites = frozenset({"linear", "embedding"})
-    prefix = "lora_"
-    dropout = "lora_dropout"
     example: ClassVar[dict[str, Any]] = {"init_lora_weights": "mica"}
 
     def check(self, cfg: Any, site: Site) -> None:
@@ -45,15 +42,9 @@ class MiCA(LowRank):
         both = lora_tensors(cfg, site)
         return {k: replace(s, train="_A" in k) for k, s in both.items()}
 
-    def scaling(self, cfg: Any) -> float:
-        return lora_scaling(cfg)
-
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
         U = torch.linalg.svd(inits.matrix(weight(), p), full_matrices=False)[0]
         A, B = ("lora_embedding_A", "lora_embedding_B") if p.site.kind == "embedding" else ("lora_A", "lora_B")
         p.fill(A, torch.zeros_like(getattr(p, A)))
         p.fill(B, U[:, -cfg.r :])
         return None
-
-    def factors(self, p: View) -> tuple[Tensor, Tensor]:
-        return lora_factors(p)

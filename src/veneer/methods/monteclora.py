@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from .. import inits
-from ..kinds import LowRank, Spec
+from ..kinds import Spec
 from ..layer import View
 from ..site import Site
-from .lora import LoraConfig, lora_bias_delta, lora_check, lora_factors, lora_scaling, lora_tensors
+from .lora import LoraFactors, lora_tensors
 
 SAMPLER = "lora_monteclora_sampler"
 
@@ -57,19 +57,13 @@ def dirichlet_kl(e: Tensor, prior: float) -> Tensor:
     return torch.lgamma(total) - torch.lgamma(q).sum(-1) + const + ((q - prior) * mean_log).sum(-1)
 
 
-class MonteCLoRA(LowRank):
-    Config = LoraConfig
+class MonteCLoRA(LoraFactors):
     sites = frozenset({"linear"})
-    prefix = "lora_"
-    dropout = "lora_dropout"
     exempt: ClassVar[dict[str, str]] = {
         "bf16 activations": "the sampler's tensors act in training only, and the law asks all for gradients in eval; "
         "test_noise_in_half_precision checks training",
     }
     example: ClassVar[dict[str, Any]] = {"monteclora_config": {"num_samples": 4}}
-
-    def check(self, cfg: Any, site: Site) -> None:
-        lora_check(cfg, site)
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         r, k = cfg.r, cfg.monteclora_config.num_samples
@@ -81,9 +75,6 @@ class MonteCLoRA(LowRank):
             f"{SAMPLER}.expert_weights": Spec((k,), train=False),
         }
 
-    def scaling(self, cfg: Any) -> float:
-        return lora_scaling(cfg)
-
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
         k = cfg.monteclora_config.num_samples
         p.fill(f"{SAMPLER}_std_prior", torch.rand(cfg.r))
@@ -91,15 +82,6 @@ class MonteCLoRA(LowRank):
         p.fill(f"{SAMPLER}_gaussian_var_prior", torch.eye(cfg.r))
         p.fill(f"{SAMPLER}_expert_weights", torch.full((k,), 1 / k))
         return inits.initial(p, cfg, weight)
-
-    def changes_base(self, cfg: Any) -> bool:
-        return inits.changes_base(cfg)
-
-    def factors(self, p: View) -> tuple[Tensor, Tensor]:
-        return lora_factors(p)
-
-    def bias_delta(self, p: View) -> Tensor | None:
-        return lora_bias_delta(p)
 
     def read(self, p: View, x: Tensor, A: Tensor) -> Tensor:
         return p.site.down(x, A + self.noise(p, A) if p.training else A)

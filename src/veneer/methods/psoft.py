@@ -13,6 +13,7 @@ random_seed). Merges. Beyond peft: transformers' Conv1D.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..config import AdapterConfig
+from ..errors import PeftWarning
 from ..kinds import LowRank, Spec
 from ..layer import View
 from ..site import Site
@@ -68,6 +70,17 @@ class PsoftConfig(AdapterConfig):
             )
         if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:
             raise ValueError(f"`cayley_neumann_eps` must be in (0, 1) when set; got {self.cayley_neumann_eps}.")
+        self._warn_of_settings_without_effect()
+
+    def _warn_of_settings_without_effect(self) -> None:
+        acts = {
+            "psoft_svd_lowrank_niter": (self.psoft_svd == "lowrank", "psoft_svd='lowrank'"),
+            "num_cayley_neumann_terms": (self.use_cayley_neumann, "use_cayley_neumann=True"),
+            "cayley_neumann_eps": (self.use_cayley_neumann, "use_cayley_neumann=True"),
+        }
+        for key, (used, where) in acts.items():
+            if not used and getattr(self, key) != type(self).__dataclass_fields__[key].default:
+                warnings.warn(f"`{key}` is only used when `{where}`.", PeftWarning, stacklevel=4)
 
 
 def principal(W: Tensor, cfg: PsoftConfig) -> tuple[Tensor, Tensor]:

@@ -11,24 +11,19 @@ Merges.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import inits
-from ..kinds import LowRank, Spec
+from ..kinds import Spec
 from ..layer import View
 from ..site import Site
-from .lora import DENSE, LoraConfig, lora_bias_delta, lora_check, lora_factors, lora_scaling, lora_tensors
+from .lora import DENSE, LoraFactors, lora_check, lora_factors, lora_tensors
 
 
-class QALoRA(LowRank):
-    Config = LoraConfig
+class QALoRA(LoraFactors):
     sites = DENSE
-    prefix = "lora_"
-    dropout = "lora_dropout"
     example: ClassVar[dict[str, Any]] = {"use_qalora": True}
     exempt: ClassVar[dict[str, str]] = {
         "forward == merged with groups": "A reads every channel and a grouped kernel does not, so merging is refused",
@@ -48,21 +43,9 @@ class QALoRA(LowRank):
             out["lora_A.weight"] = replace(out["lora_A.weight"], shape=(cfg.r, site.inp // cfg.qalora_group_size))
         return out
 
-    def scaling(self, cfg: Any) -> float:
-        return lora_scaling(cfg)
-
-    def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
-        return inits.initial(p, cfg, weight)
-
-    def changes_base(self, cfg: Any) -> bool:
-        return inits.changes_base(cfg)
-
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         B, A = lora_factors(p)
         if p.site.grouped:
             size = p.cfg.qalora_group_size
             A = A.repeat_interleave(size, 1) * (A.shape[1] / size)
         return B, A
-
-    def bias_delta(self, p: View) -> Tensor | None:
-        return lora_bias_delta(p)

@@ -52,7 +52,10 @@ class RoadConfig(AdapterConfig):
         if self.variant not in VARIANTS:
             raise ValueError(f"Invalid variant {self.variant!r}; choose one of {', '.join(VARIANTS)}")
         if self.group_size <= 0 or self.group_size % 2:
-            raise ValueError(f"group_size must be positive and divisible by 2, got {self.group_size}")
+            raise ValueError(
+                f"The group_size must be divisible by 2 when using RoadLayer, but got {self.group_size}. It pairs the "
+                "halves of each run of features, so it must be positive and even"
+            )
 
 
 class RoAd(Gate):
@@ -62,7 +65,10 @@ class RoAd(Gate):
 
     def check(self, cfg: Any, site: Site) -> None:
         if site.out % cfg.group_size:
-            raise AdapterError(f"{site!r}: its {site.out} outputs must be divisible by group_size ({cfg.group_size})")
+            raise AdapterError(
+                f"The out_features of the base layer must be divisible by group_size ({cfg.group_size}) when using "
+                f"RoadLayer. {site!r} has {site.out}"
+            )
         if site.out // site.groups % cfg.group_size:
             raise AdapterError(
                 f"{site!r}: group_size={cfg.group_size} pairs outputs of different groups, {site.out // site.groups} "

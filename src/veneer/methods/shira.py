@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -86,7 +87,8 @@ class SHiRA(Additive):
             raise ValueError(
                 f"mask_type={cfg.mask_type!r} is not built in; set `config.mask_fn` to a function that returns the mask"
             )
-        mask = cfg.mask_fn(p.site.module, cfg.r, random_seed=cfg.random_seed)
+        base: Any = SimpleNamespace(weight=weight()) if p.site.quantised else p.site.module  # not the packed weight
+        mask = cfg.mask_fn(base, cfg.r, random_seed=cfg.random_seed)
         at = p.site.to_canonical(mask).nonzero().T
         if at.shape != p.shira_indices.shape:
             raise ValueError(

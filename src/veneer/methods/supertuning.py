@@ -56,7 +56,10 @@ class SupertuningConfig(AdapterConfig):
         if self.r is not None and self.r <= 0:
             raise ValueError(f"r must be a positive integer or None, got {self.r}")
         if self.r is None and self.lora_alpha is not None:
-            raise ValueError(f"lora_alpha={self.lora_alpha} needs an r; give one, or leave lora_alpha out")
+            raise ValueError(
+                f"lora_alpha is set but r is None: lora_alpha={self.lora_alpha} scales a LoRA of rank r; give an r, or "
+                "leave lora_alpha out"
+            )
         if self.r is not None and self.lora_alpha is None:
             self.lora_alpha = 2 * self.r
         if not self.save_precomputed_indices:

@@ -56,8 +56,16 @@ def _rows(site: Site) -> int:
     return site.inp if site.kind == "embedding" else site.out
 
 
+def _original(p: View) -> Tensor:
+    """The base's own rows of the trained ids, (tokens, width)."""
+    W = p.site.weight().detach()
+    table = W.T if p.site.kind == "embedding" else W
+    return table[torch.tensor(p.cfg.token_indices, dtype=torch.int64, device=W.device)]
+
+
 class TrainableTokens(Reweight):
     Config = TrainableTokensConfig
+    derived: ClassVar[dict[str, Callable[[View], Any]]] = {"trainable_tokens_original": _original}
     sites = frozenset({"embedding", "linear"})
     prefix = "trainable_tokens_"
     example: ClassVar[dict[str, Any]] = {"target_modules": ["embed_tokens"], "token_indices": [5, 6, 7]}
@@ -94,9 +102,7 @@ class TrainableTokens(Reweight):
         }
 
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
-        W = weight()
-        table = W.T if p.site.kind == "embedding" else W
-        rows = table[torch.tensor(cfg.token_indices, dtype=torch.int64, device=W.device)]
+        rows = _original(p)
         p.fill("trainable_tokens_delta", rows if cfg.init_weights else torch.randn_like(rows))
         return None
 
@@ -134,6 +140,9 @@ def _scored(p: View, x: Tensor, y: Tensor, b: Tensor | None) -> Tensor:
     them."""
     known = p.trainable_tokens_sorted
     rows = p.trainable_tokens_delta[p.trainable_tokens_slot]
+    if p.site.quantised:  # computes in its own way, and may hand out a view, which autograd does not let change
+        change = F.linear(x.to(rows.dtype), rows - p.site.weight()[known].to(rows.dtype))
+        return y.index_add(-1, known, change.to(y.dtype))
     part = F.linear(x.to(rows.dtype), rows, None if b is None else b[known].to(rows.dtype))
     return y.index_copy_(-1, known, part.to(y.dtype))
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import inits
-from ..kinds import LowRank, Spec
+from ..kinds import Spec
 from ..layer import View
 from ..site import Site
-from .lora import LoraConfig, lora_bias_delta, lora_check, lora_factors, lora_scaling, lora_tensors
+from .lora import LoraFactors, lora_tensors
 
 
 class _Sketched(torch.autograd.Function):
@@ -47,22 +47,13 @@ class _Sketched(torch.autograd.Function):
         return gx, gA, None, None
 
 
-class VeLoRA(LowRank):
-    Config = LoraConfig
+class VeLoRA(LoraFactors):
     sites = frozenset({"linear"})
-    prefix = "lora_"
-    dropout = "lora_dropout"
     example: ClassVar[dict[str, Any]] = {"velora_config": {"num_groups": 8}}
-
-    def check(self, cfg: Any, site: Site) -> None:
-        lora_check(cfg, site)
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         size = -(-site.inp // cfg.velora_config.num_groups)
         return {**lora_tensors(cfg, site), "lora_velora_embed": Spec((size,), train=False)}
-
-    def scaling(self, cfg: Any) -> float:
-        return lora_scaling(cfg)
 
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
         v = torch.zeros_like(p.lora_velora_embed)
@@ -70,15 +61,6 @@ class VeLoRA(LowRank):
             v = F.normalize(torch.randn_like(v), dim=0)
         p.fill("lora_velora_embed", v)
         return inits.initial(p, cfg, weight)
-
-    def changes_base(self, cfg: Any) -> bool:
-        return inits.changes_base(cfg)
-
-    def factors(self, p: View) -> tuple[Tensor, Tensor]:
-        return lora_factors(p)
-
-    def bias_delta(self, p: View) -> Tensor | None:
-        return lora_bias_delta(p)
 
     def read(self, p: View, x: Tensor, A: Tensor) -> Tensor:
         if not p.training or not torch.is_grad_enabled() or not A.requires_grad:
