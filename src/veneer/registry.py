@@ -115,7 +115,7 @@ def config_class(name: str) -> type[PeftConfig]:
     entry = METHODS.get(key)
     if entry is None or not entry.public:
         raise AdapterError(f"unknown adapter type {name!r}; known: {', '.join(types())}{_near(key)}")
-    return getattr(import_module(f"veneer.{entry.module}"), entry.config)
+    return method(key).Config  # type: ignore[no-any-return]
 
 
 def types() -> list[str]:

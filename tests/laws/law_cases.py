@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -142,10 +141,7 @@ def fits(name: str, cfg_kwargs: dict[str, Any], site_name: str) -> bool:
     site = site_of(module, "first", method.sites)
     if site is None or (layer.kind == "module") != (site.kind == "module"):
         return False
-    entry = registry.METHODS[name]
-    cfg = getattr(import_module(f"veneer.{entry.module}"), entry.config)(
-        target_modules=["first", "second"], **cfg_kwargs
-    )
+    cfg = method.Config(target_modules=["first", "second"], **cfg_kwargs)
     try:
         method.check(cfg, site)
     except ValueError:

@@ -41,7 +41,7 @@ def config(case: Case, package: Any = None, **changes: Any) -> Any:
     kwargs = {"target_modules": LAYERS, **case.cfg_kwargs, **changes}
     if package is not None:
         return getattr(package, name)(**kwargs)
-    return getattr(__import__(f"veneer.{entry.module}", fromlist=[name]), name)(**kwargs)
+    return registry.method(case.method_name).Config(**kwargs)
 
 
 def build(

@@ -5,7 +5,6 @@ Every registered method without a case in law_cases.py gets one here.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -60,8 +59,9 @@ class ModelCase(NamedTuple):
     def config(self, package: Any) -> Any:
         """The case's config, of veneer or of another package with the same names."""
         entry = registry.METHODS[self.method_name]
-        module = import_module(f"veneer.{entry.module}") if package.__name__ == "veneer" else package
-        return getattr(module, entry.config)(task_type="CAUSAL_LM", **self.cfg_kwargs)
+        own = package.__name__ == "veneer"
+        made = registry.method(self.method_name).Config if own else getattr(package, entry.config)
+        return made(task_type="CAUSAL_LM", **self.cfg_kwargs)
 
     def make_model(self) -> Any:
         torch.manual_seed(0)

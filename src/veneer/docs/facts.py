@@ -89,7 +89,7 @@ def facts(name: str) -> Facts:
     """Everything about a registered method; tries it on every layer of layers.py."""
     entry, method = registry.METHODS[name], registry.method(name)
     module = import_module(f"veneer.{entry.module}")
-    config = getattr(module, entry.config)
+    config = method.Config
     same = [n for n, e in registry.METHODS.items() if e.config == entry.config and n != name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -48,3 +48,6 @@ class MiCA(LoraFactors):
         p.fill(A, torch.zeros_like(getattr(p, A)))
         p.fill(B, U[:, -cfg.r :])
         return None
+
+    def changes_base(self, cfg: Any) -> bool:
+        return False
