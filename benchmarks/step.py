@@ -2,7 +2,7 @@
 
 "frozen" is the limit: the base's forward and the gradient of its input, nothing trained. "veneer" is the import
 changed and nothing else; "switches" has what `veneer train` turns on besides: base_kernels, the head's loss in chunks
-and at the labels alone, freed memory kept.
+and at the labels alone, freed memory kept. "int8" is switches with `base.matmul: int8`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ def build(who: str, o: dict[str, Any]) -> Lap:
     else:
         model, trained = adapted(package(who), model, o)
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-    loss_of = with_switches(model) if who == "switches" else lambda call: model(**call).loss
+    loss_of = with_switches(model) if who in ("switches", "int8") else lambda call: model(**call).loss
+    if who == "int8":
+        from veneer.int8 import int8_base
+
+        int8_base(model, [lambda: model(input_ids=ids[:2])]).on()
 
     def run(_: Any) -> float:
         torch.manual_seed(2)
@@ -77,13 +81,15 @@ def with_switches(model: Any) -> Any:
 
 def case(about: str, time: float, frozen: float, memory: float, **options: Any) -> Case:
     o = {**OPTIONS, **options}
+    own = ("veneer", "switches", "int8") if o["dtype"] == "float32" else ("veneer", "switches")
     return Case(
         about=f"LoRA step, {about}",
         build=build,
-        contestants=("frozen", "peft", "veneer", "switches"),
+        contestants=("frozen", "peft", *own),
         targets={
             ("veneer", "peft"): time,
             ("switches", "peft"): time,
+            **({("int8", "peft"): 0.6} if "int8" in own else {}),
             ("veneer", "frozen"): frozen,
             ("switches", "frozen"): frozen,
             ("peft", "frozen"): None,
@@ -92,7 +98,10 @@ def case(about: str, time: float, frozen: float, memory: float, **options: Any) 
         agree=() if o["dropout"] else ("peft", "veneer", "switches"),
         tolerance=1e-4 if o["dtype"] == "float32" else 2e-2,
         options=o,
-        env={"switches": {"THP_MEM_ALLOC_ENABLE": "1"}},  # as veneer.train.allocator sets it before torch is imported
+        # as veneer.train.allocator sets it before torch is imported
+        env={who: {"THP_MEM_ALLOC_ENABLE": "1"} for who in ("switches", "int8")},
+            ("switches", "int8"), {"THP_MEM_ALLOC_ENABLE": "1"}
+        ),  # as veneer.train.allocator sets it before torch is imported
     )
 
 
