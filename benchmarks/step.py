@@ -100,8 +100,6 @@ def case(about: str, time: float, frozen: float, memory: float, **options: Any) 
         options=o,
         # as veneer.train.allocator sets it before torch is imported
         env={who: {"THP_MEM_ALLOC_ENABLE": "1"} for who in ("switches", "int8")},
-            ("switches", "int8"), {"THP_MEM_ALLOC_ENABLE": "1"}
-        ),  # as veneer.train.allocator sets it before torch is imported
     )
 
 
