@@ -20,10 +20,11 @@ from torch import nn
 from .errors import AdapterError, PeftWarning
 from .identity import broken_identity, is_identity
 from .kinds import Method
-from .layer import Adapted, attribute
+from .layer import Adapted
 from .layer_matrices import named_layers
 from .patterns import near_names
 from .share import leaf_name, refuse_own_init
+from .view import attribute
 
 if TYPE_CHECKING:
     from .tuner import Tuner

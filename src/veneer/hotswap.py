@@ -21,7 +21,8 @@ from .config import PeftConfig
 from .errors import AdapterError, PeftWarning
 from .identity import is_identity
 from .kinds import Spec
-from .layer import Adapted, attribute
+from .layer import Adapted
+from .view import attribute
 
 # settings that say where an adapter sits or how it began
 _FREE = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "layers", "inference_mode",

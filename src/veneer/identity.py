@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base_calls import Base
 from .kinds import Replace
-from .layer import Adapted, Base
+from .layer import Adapted
 
 
 def _rows(layer: Adapted) -> Tensor | None:

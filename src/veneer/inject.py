@@ -15,12 +15,13 @@ from .attention import READERS, AttentionSite, projection_config
 from .context import Host
 from .errors import AdapterError
 from .kinds import Attach, Method
-from .layer import Adapted, View
+from .layer import Adapted
 from .parameters import parameter_layers
 from .patterns import near_names
 from .replace import SavedModule, TokenHolder
 from .site import Site, site_of
 from .targets import Match, match_targets
+from .view import View
 
 if TYPE_CHECKING:
     from .tuner import Tuner

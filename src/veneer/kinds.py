@@ -39,8 +39,8 @@ from .kernels import low_rank_linear, low_rank_reference, mask_like
 
 if TYPE_CHECKING:
     from .config import PeftConfig
-    from .layer import View
     from .site import Site
+    from .view import View
 
 Weights = tuple[Tensor, "Tensor | None"]
 

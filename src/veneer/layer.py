@@ -6,132 +6,23 @@ them (merged).
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import row_cache, rows, storage
+from .base_calls import Base, Stacked
 from .context import Host
 from .errors import AdapterError, CannotMerge, PeftWarning
-from .kernels import plain_autograd
 from .kinds import Additive, Method, Spec, Weights
 from .site import Site
+from .view import Entry, View, attribute, own_fields
 
-Group = tuple[Method, tuple["View", ...]]
-
-
-class View:
-    """One adapter's tensors on one layer, handed to the method (`p` in kinds.py).
-
-    It reads through to the containers at each access, so `.to()`, FSDP, functional_call and deepcopy need no care.
-    """
-
-    def __init__(self, layer: Adapted, name: str, dtype: torch.dtype | None = None):
-        self.layer, self.name, self.dtype = layer, name, dtype
-        entry = layer.entries[name]
-        self.method, self.where, self.raw = entry.method, entry.where, entry.raw
-
-    def __getattr__(self, key: str) -> Any:
-        if key in ("where", "raw", "layer"):  # not set yet while copy and pickle rebuild the object
-            raise AttributeError(key)
-        try:
-            holder, leaf = self.where[key]
-        except KeyError:
-            raise AttributeError(f"{self.method.name} has no tensor {key!r} on {self.site!r}") from None
-        t = getattr(holder, leaf)
-        if t.dtype == self.dtype or self.dtype is None or key in self.raw or not t.is_floating_point():
-            return t
-        return t.to(self.dtype)
-
-    def has(self, key: str) -> bool:
-        return key in self.where
-
-    def fill(self, key: str, value: Tensor) -> None:
-        """Write an initial value."""
-        holder, leaf = self.where[key]
-        with torch.no_grad():
-            getattr(holder, leaf).copy_(value)
-
-    @property
-    def site(self) -> Site:
-        return self.layer.site
-
-    @property
-    def cfg(self) -> Any:
-        return self.layer.entries[self.name].cfg
-
-    @property
-    def scaling(self) -> float:
-        return self.layer.scaling[self.name]
-
-    @property
-    def training(self) -> bool:
-        return self.layer.training
-
-    @property
-    def memory(self) -> dict[str, Any]:
-        return self.layer.entries[self.name].memory
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """Per-call data from the context."""
-        return self.layer.host.given()
-
-    @property
-    def dropping(self) -> bool:
-        """Whether `drop` changes what it is given."""
-        name = self.method.dropout
-        return name is not None and self.layer.training and getattr(self.cfg, name, 0.0) > 0
-
-    def drop(self, x: Tensor) -> Tensor:
-        if self.method.dropout is None or not self.layer.training:
-            return x
-        d: Any = self.layer._modules[self.method.dropout]
-        module = d[self.name]
-        return x if isinstance(module, nn.Identity) or not x.is_floating_point() else module(x)
-
-    @property
-    def dropout_rate(self) -> float:
-        """The rate of `drop` as it acts now: 0 outside training."""
-        if self.method.dropout is None or not self.layer.training:
-            return 0.0
-        d: Any = self.layer._modules[self.method.dropout]
-        module = d[self.name]
-        return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
-
-    def copy_of_module(self, container: str) -> nn.Module:
-        return self.layer._modules[container][self.name]  # type: ignore[index]
-
-
-class Entry:
-    """What the layer knows of one adapter besides its tensors."""
-
-    def __init__(self, cfg: Any, method: Method, specs: dict[str, Spec]):
-        self.cfg, self.method, self.specs = cfg, method, specs
-        self.shared: dict[str, Spec] = {}
-        self.where: dict[str, tuple[Any, str]] = {}
-        self.raw = frozenset(attribute(k) for k, s in specs.items() if s.raw)
-        self.start: tuple[Tensor, Tensor] | None = None  # the first A and B, where data took them out of the base
-        self.memory: dict[str, Any] = {}  # what the method keeps on this layer between calls; not saved
-
-
-def attribute(storage_name: str) -> str:
-    """How a view calls a stored tensor: "lora_A.weight" -> "lora_A", "lora_B.bias" -> "lora_B_bias"."""
-    return storage_name.removesuffix(".weight").replace(".", "_")
-
-
-@cache
-def own_fields(config: Any) -> frozenset[str]:
-    """A config's fields beside those that every config has: what `layer.r["default"]` may ask for."""
-    from .config import AdapterConfig
-
-    common = {f.name for f in dataclasses.fields(AdapterConfig)}
-    return frozenset(f.name for f in dataclasses.fields(config)) - common
+Group = tuple[Method, tuple[View, ...]]
 
 
 class Adapted(nn.Module):
@@ -546,56 +437,6 @@ class Adapted(nn.Module):
 
 def _called(method: Method, views: tuple[View, ...], base: Any, *args: Any, **kwargs: Any) -> Any:
     return method.forward(views, None, base, args, kwargs)  # type: ignore[arg-type]
-
-
-class Base:
-    """The base layer as methods see it: a call, a weight, a bias. dtype: of a quantised layer's, in this call."""
-
-    def __init__(self, site: Site, dtype: torch.dtype | None = None):
-        self.site, self.dtype = site, dtype if site.quantised else None
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.site.module(x, *args, **kwargs)
-
-    def plain(self, x: Tensor) -> bool:
-        """Whether the call is x W^T + b and nothing else, in eager autograd."""
-        return self.site.plain() and x.dtype == self.site.dtype and plain_autograd(x)
-
-    def weight(self) -> Tensor:
-        W = self.site.weight()
-        return W if self.dtype is None else W.to(self.dtype)
-
-    def bias(self) -> Tensor | None:
-        b = self.site.bias()
-        return b if self.dtype is None or b is None else b.to(self.dtype)
-
-    def exact_for(self, x: Tensor) -> bool:
-        """Whether a change added to the weight keeps its small values: float32 or better throughout, no autocast."""
-        dtype, device = self.site.dtype, x.device
-        fine = x.dtype == dtype and dtype in (torch.float32, torch.float64) and self.site.device == device
-        return fine and not self.site.quantised and not torch.is_autocast_enabled(device.type)
-
-
-class Stacked:
-    """A base with one method's adapters on it, as the base of the next method's."""
-
-    def __init__(self, base: Any, method: Method, views: tuple[View, ...]):
-        self.base, self.method, self.views = base, method, views
-
-    def plain(self, x: Tensor) -> bool:
-        return False
-
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.method.forward(self.views, x, self.base, args, kwargs)
-
-    def weight(self) -> Tensor:
-        return self.method.merged(self.views, self.base.weight(), self.base.bias())[0]
-
-    def bias(self) -> Tensor | None:
-        return self.method.merged(self.views, self.base.weight(), self.base.bias())[1]
-
-    def exact_for(self, x: Tensor) -> bool:
-        return False
 
 
 def adapted_layers(model: nn.Module) -> Iterable[tuple[str, Adapted]]:

@@ -20,7 +20,8 @@ from .kinds import LowRank
 
 if TYPE_CHECKING:
     from .context import Rows
-    from .layer import Adapted, View
+    from .layer import Adapted
+    from .view import View
 
 
 class Kept:

@@ -23,7 +23,8 @@ from .errors import AdapterError
 from .kinds import Additive, Gate, LowRank, Method, Replace, Reweight
 
 if TYPE_CHECKING:
-    from .layer import Adapted, View
+    from .layer import Adapted
+    from .view import View
 
 # Settings that say where an adapter sits or how it began, not what its formula does.
 _IRRELEVANT = frozenset(

@@ -25,8 +25,8 @@ from . import registry
 from .errors import AdapterError
 
 if TYPE_CHECKING:
-    from .layer import View
     from .tuner import Tuner
+    from .view import View
 
 FILE = "schedule.safetensors"
 TENSOR = "tensor."  # before the file keys of adapter tensors that the adapter's own file holds in another form

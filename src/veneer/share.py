@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from .errors import AdapterError
 from .identity import broken_identity, is_identity
 from .kinds import Method, Replace
-from .layer import Adapted, attribute
+from .layer import Adapted
+from .view import attribute
 
 if TYPE_CHECKING:
     from .tuner import Tuner

@@ -19,10 +19,11 @@ from .context import Host
 from .errors import AdapterError, PeftWarning
 from .inits import title
 from .kinds import Method
-from .layer import Adapted, attribute
+from .layer import Adapted
 from .replace import SavedModule
 from .site import Site
 from .tying import tied_with_embedding
+from .view import attribute
 from .walk import walk
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import veneer
-from veneer.layer import Base
+from veneer.base_calls import Base
 from veneer.methods import c3a, waveft
 from veneer.methods.lokr import factorization
 from veneer.tuner import Tuner

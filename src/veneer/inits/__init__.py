@@ -16,7 +16,7 @@ from ..errors import AdapterError
 from .settings import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, settle
 
 if TYPE_CHECKING:
-    from ..layer import View
+    from ..view import View
 
 __all__ = ["CordaConfig", "EvaConfig", "LoftQConfig", "LoraGAConfig", "changes_base", "initial", "settle"]
 

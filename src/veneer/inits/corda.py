@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import read_tensors
-from ..layer import View
+from ..view import View
 from . import split_base
 from .prepared import Wanted, keep_start, note, progress, take, wanted, write_cache
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..layer import View
+from ..view import View
 from . import default
 from .eva_pass import Layer, Passes, for_language_model, rows_for_language_model, run
 from .eva_write import write

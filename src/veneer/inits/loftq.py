@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
-from ..layer import View
+from ..view import View
 from . import matrix
 from .prepared import tuner_in
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import read_tensors
-from ..layer import View
+from ..view import View
 from . import matrix, split_base
 from .prepared import Wanted, keep_start, note, take, wanted, write_cache
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layer import View
+from ..view import View
 from . import matrix, split_base
 
 

@@ -14,9 +14,9 @@ from .. import registry
 from ..errors import AdapterError
 from ..files import write_bin, write_tensors
 from ..inject import candidates
-from ..layer import View
 from ..site import Site, site_of
 from ..targets import match_targets
+from ..view import View
 
 NOTES = "_veneer_initial"  # in a module's __dict__: {name of the initial value: what was found}
 

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ..errors import AdapterError, PeftWarning
 from ..kinds import LowRank, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .lora import LoraConfig
 
 PARTS = ("lora_A", "lora_E", "lora_B")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..config import PeftConfig
 from ..kinds import Attach, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 ATTENTIONS = {"llama": "self_attn", "mistral": "self_attn", "qwen2": "self_attn", "gpt2": "attn"}
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterError, PeftWarning
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .lora import LoraFactors, lora_bias_delta, lora_check
 
 KEY = "alora:"  # + adapter: in a call's data, (rows, tokens), where it acts

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from ..errors import AdapterError
 from ..kinds import Routed, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .lora import LoraConfig, lora_check, lora_factors, lora_tensors
 from .lora_options import ArrowConfig
 

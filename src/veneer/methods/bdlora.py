@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kinds import Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .lora import LoraFactors, lora_bias_delta, lora_check, lora_tensors
 
 

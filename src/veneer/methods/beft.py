@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..config import AdapterConfig, veneer_field
 from ..kinds import Additive, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig, veneer_field
 from ..kinds import Additive, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 INITS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
 TRANSFORMS_FROM = 512  # features (the harmonic mean of both sizes, halved) from which on transforms are cheaper

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..config import AdapterConfig
 from ..kinds import LowRank, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

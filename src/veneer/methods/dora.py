@@ -22,9 +22,9 @@ from torch import Tensor
 
 from .. import inits
 from ..kinds import Reweight, Spec, Weights
-from ..layer import View
 from ..scaled_kernels import rescaled_low_rank
 from ..site import Site, spread
+from ..view import View
 from .lora import DENSE, LoraConfig, lora_check, lora_factors, lora_scaling, lora_tensors
 
 

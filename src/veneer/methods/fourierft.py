@@ -24,8 +24,8 @@ from torch.autograd import Function
 
 from ..config import AdapterConfig
 from ..kinds import Additive, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

@@ -29,9 +29,9 @@ from ..config import AdapterConfig, veneer_field
 from ..errors import AdapterError
 from ..frod_kernels import composed, factored
 from ..kinds import Additive, Spec
-from ..layer import View
 from ..site import Site
 from ..sparse_kernels import Pattern, pattern_of, sparse_fits
+from ..view import View
 
 
 @dataclass

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from ..config import AdapterConfig
 from ..errors import AdapterError
 from ..kinds import Additive, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

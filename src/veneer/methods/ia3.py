@@ -20,9 +20,9 @@ from ..config import AdapterConfig, veneer_field
 from ..defaults import default_targets, target_table
 from ..errors import AdapterError
 from ..kinds import Gate, Spec
-from ..layer import View
 from ..patterns import suffix_or_pattern
 from ..site import Site
+from ..view import View
 
 
 @dataclass

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..config import AdapterConfig
 from ..kinds import Routed, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

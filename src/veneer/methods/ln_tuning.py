@@ -20,8 +20,8 @@ from torch import Tensor
 from ..config import AdapterConfig, veneer_field
 from ..errors import AdapterError, CannotMerge
 from ..kinds import Replace, Weights
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

@@ -24,8 +24,8 @@ from .. import inits
 from ..config import AdapterConfig
 from ..errors import AdapterError
 from ..kinds import LowRank, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from . import lora_options
 from .lora_options import ArrowConfig, BdLoraConfig, KasaConfig, LoraRuntimeConfig, MontecloraConfig, VeloraConfig
 

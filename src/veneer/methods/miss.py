@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from ..kinds import Additive, Reweight, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .. import inits
 from ..kinds import Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .lora import LoraFactors, lora_tensors
 
 SAMPLER = "lora_monteclora_sampler"

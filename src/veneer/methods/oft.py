@@ -29,8 +29,8 @@ from torch import Tensor
 from ..config import AdapterConfig
 from ..errors import AdapterError
 from ..kinds import Gate, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .boft import rotate_blocks
 
 

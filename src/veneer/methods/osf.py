@@ -24,9 +24,9 @@ from ..config import AdapterConfig, veneer_field
 from ..errors import AdapterError
 from ..kernels import plain_autograd
 from ..kinds import Additive, Spec
-from ..layer import View
 from ..osf_kernels import Outside, singular
 from ..site import Site
+from ..view import View
 
 
 @dataclass

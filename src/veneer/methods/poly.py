@@ -24,8 +24,8 @@ from torch import Tensor
 from ..config import AdapterConfig, veneer_field
 from ..context import per_row
 from ..kinds import Routed, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

@@ -24,8 +24,8 @@ from torch import Tensor
 from ..config import AdapterConfig
 from ..errors import PeftWarning
 from ..kinds import LowRank, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .oft import cayley, cayley_neumann, skew
 
 _CHOICES = {"ab_svd_init": ("pissa_init", "psoft_init"), "psoft_svd": ("full", "lowrank")}

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..kinds import Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .lora import DENSE, LoraFactors, lora_check, lora_factors, lora_tensors
 
 

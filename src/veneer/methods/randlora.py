@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ..config import AdapterConfig, veneer_field
 from ..kinds import LowRank, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 from .vera import _rounded
 
 

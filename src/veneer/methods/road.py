@@ -23,8 +23,8 @@ from torch import Tensor
 from ..config import AdapterConfig, veneer_field
 from ..errors import AdapterError
 from ..kinds import Gate, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 # In each variant: how many numbers a pair has, and which of them c_1, s_1, s_2 and c_2 read.
 VARIANTS = {"road_1": (1, (0, 0, 0, 0)), "road_2": (2, (0, 0, 1, 1)), "road_4": (4, (0, 2, 3, 1))}

@@ -28,8 +28,8 @@ from torch.nn.functional import gelu, linear
 from ..config import AdapterConfig
 from ..errors import AdapterError
 from ..kinds import Attach, Spec
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 PARTS = ("shadow_update_transform", "shadow_update_gate")
 

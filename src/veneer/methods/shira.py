@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..config import AdapterConfig, veneer_field
 from ..kinds import Additive, Spec, Weights
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 Mask = Callable[..., Tensor]
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..config import PeftConfig
 from ..errors import AdapterError
 from ..kinds import Reweight, Spec, Weights
-from ..layer import View
 from ..site import Site
+from ..view import View
 
 
 @dataclass

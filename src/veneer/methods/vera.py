@@ -27,9 +27,9 @@ from torch import Tensor
 from ..config import AdapterConfig, veneer_field
 from ..kernels import mask_like
 from ..kinds import LowRank, Spec
-from ..layer import View
 from ..scaled_kernels import vector_low_rank
 from ..site import Site
+from ..view import View
 
 
 @dataclass

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from ..kinds import Additive, Spec
-from ..layer import View
 from ..site import Site, site_of
 from ..targets import match_targets
+from ..view import View
 from .fourierft import check_count, places
 
 

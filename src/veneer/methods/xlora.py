@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from ..config import CONFIG_NAME, AdapterConfig, veneer_field
 from ..errors import AdapterError
 from ..kinds import Routed, Spec
-from ..layer import Adapted, View
+from ..layer import Adapted
 from ..site import Site
+from ..view import View
 
 SCALINGS, FIRST_PASS = "xlora_scalings", "xlora_first_pass"  # of a call's data
 
