@@ -43,14 +43,14 @@ def _tied(model: nn.Module) -> list[list[str]]:
 
 def tied_with(model: nn.Module, paths: Iterable[str], cfg: Any) -> dict[str, list[str]]:
     """Each path's partners where the config asks to keep them tied. Warns where it asks and there are none, and where
-    it does not ask and one of two tied modules is to be changed."""
+    it does not ask and one of two tied modules is to be trained."""
     asked = getattr(cfg, "ensure_weight_tying", None)
     if asked is None:
         return {}
     groups, paths = _tied(model), list(paths)
     found = {path: [p for p in group if p != path] for path in paths for group in groups if path in group}
     said = None
-    if not asked and found:
+    if not asked and found and not cfg.inference_mode:
         path, others = next(iter(found.items()))
         said = (
             f"{path} holds the same weight as {', '.join(others)}, and `ensure_weight_tying` is not set to True: what "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -29,10 +30,10 @@ def test_a_run_in_int8_learns_and_leaves_the_model_in_floats(
 
 
 def test_a_machine_that_gains_nothing_keeps_its_floats(
-    causal: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+    causal: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(int8, "int8_is_faster", lambda: False)
-    result = run(causal(base__matmul="int8", train__num_train_epochs=1, out="left"))
+    result = run(causal(base__matmul="int8", train__num_train_epochs=1, out=str(tmp_path / "left")))
     assert any("`base.matmul: int8` is left out" in note for note in result.notes)
-    floats = run(causal(train__num_train_epochs=1, out="floats"))
+    floats = run(causal(train__num_train_epochs=1, out=str(tmp_path / "floats")))
     assert [row["loss"] for row in result.history] == [row["loss"] for row in floats.history]
