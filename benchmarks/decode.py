@@ -15,6 +15,7 @@ def build(who: str, o: dict[str, Any]) -> Lap:
 
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM(LlamaConfig(**SMOLLM2))
+    ids = torch.randint(0, SMOLLM2["vocab_size"], (ROWS, 32), device=device())
     names = [f"a{i}" for i in range(ROWS)]
     more: dict[str, Any] = {}
     if who != "base":
@@ -29,7 +30,6 @@ def build(who: str, o: dict[str, Any]) -> Lap:
                 p.copy_(torch.randn(p.shape, generator=generator) * 0.02)
         more = {"adapter_names": names}
     model = model.to(device()).eval()
-    ids = torch.randint(0, SMOLLM2["vocab_size"], (ROWS, 32), device=device())
 
     def prepare() -> Any:
         with torch.no_grad():
