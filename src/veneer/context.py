@@ -23,6 +23,7 @@ class Rows:
     names: tuple[str, ...]
     index: Tensor  # (rows,) int64
     widened: int = 1  # beams and sampled sequences: copies of each row that a search makes, next to each other
+    goes_on: bool = False  # the call goes on from a key/value cache, as each token of a decoding loop does
 
     @cached_property
     def key(self) -> tuple[Any, ...]:
@@ -36,10 +37,10 @@ class Rows:
         return self.index.repeat_interleave(self.widened) if size == len(self.index) * self.widened else None
 
     @classmethod
-    def of(cls, adapter_names: Sequence[str], widened: int = 1) -> Rows:
+    def of(cls, adapter_names: Sequence[str], widened: int = 1, goes_on: bool = False) -> Rows:
         names = tuple(dict.fromkeys(n for n in adapter_names if n != BASE))
         at = {n: i for i, n in enumerate(names)} | {BASE: -1}
-        return cls(names, torch.tensor([at[n] for n in adapter_names]), widened)
+        return cls(names, torch.tensor([at[n] for n in adapter_names]), widened, goes_on)
 
 
 def per_row(given: Tensor, size: int) -> Tensor:

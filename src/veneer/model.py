@@ -298,7 +298,8 @@ class PeftModel(nn.Module):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
         self.known([n for n in dict.fromkeys(names) if n != BASE])
-        return self.host.call(rows=Rows.of(list(names), widened))
+        held = getattr(kwargs.get("past_key_values"), "get_seq_length", int)  # tokens in the cache; int() is 0
+        return self.host.call(rows=Rows.of(list(names), widened, int(held()) > 0))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward. adapter_names: one adapter name a row, "__base__" for none."""

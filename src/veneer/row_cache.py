@@ -1,9 +1,10 @@
 """A batch whose rows use different low-rank adapters, while nothing trains: two batched products a layer over factors
 that are stacked once for the adapters of a batch and kept for the next one (decoding asks for the same at each token).
 
-The reference is rows.forward; it runs wherever this does not apply. What is kept is used again only while the tensors
-behind it are the same objects, at the same place in memory, with the same version counter and scaling; a call of
-`train()` drops it, too, since training code may write in ways that no counter sees (`p.data`).
+The reference is rows.forward; it runs wherever this does not apply. What is kept is used again only inside one
+`generate`, or by a call that goes on from a key/value cache, and only while the tensors behind it are the same objects,
+at the same place in memory, with the same version counter and scaling. Any other call stacks anew: between two of them
+code may write in ways that no counter sees (`p.data`).
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ class Stacks:
     """down (n, k, inp), up (n, k, out), scaling included, of n adapters, padded to the largest rank k.
 
     place: for each row of the batch its place in a grid (n, most), None: row i is adapter i. where: the rows that
-    have an adapter, None: all. behind: what it was made from, see `_fresh`.
+    have an adapter, None: all. behind: what it was made from, see `_fresh`. rows: of the call that it was made in.
     """
 
     key: Any
+    rows: Rows
     down: Tensor | None
     up: Tensor | None
     place: Tensor | None
@@ -58,7 +60,7 @@ def product(layer: Adapted, rows: Rows, x: Tensor) -> Tensor | None:
         return None
     key = (rows.key, len(x), x.dtype, x.device)
     stacks = layer.kept.stacks
-    if stacks is None or stacks.key != key or not _fresh(stacks, layer):
+    if stacks is None or stacks.key != key or not (stacks.rows is rows or rows.goes_on) or not _fresh(stacks, layer):
         layer.kept.stacks = stacks = _stack(layer, rows, x, key)
         if stacks is None:
             return None
@@ -108,7 +110,7 @@ def _stack(layer: Adapted, rows: Rows, x: Tensor, key: Any) -> Stacks | None:
     slots = slot_of[index]
     used = slots >= 0
     if not bool(used.any()):
-        return Stacks(key, None, None, None, None, 0, [], {})
+        return Stacks(key, rows, None, None, None, None, 0, [], {})
     own = slots[used]
     alone = bool(used.all()) and torch.equal(own, torch.arange(len(views)))
     most = int(own.bincount(minlength=len(views)).max())
@@ -124,7 +126,7 @@ def _stack(layer: Adapted, rows: Rows, x: Tensor, key: Any) -> Stacks | None:
             behind.append((held, leaf, t, t._version, t.data_ptr()))
     where = None if bool(used.all()) else used.nonzero().squeeze(1).to(x.device)
     return Stacks(
-        key, down, up, None if place is None else place.to(x.device), where, most, behind,
+        key, rows, down, up, None if place is None else place.to(x.device), where, most, behind,
         {v.name: v.scaling for v in views},
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer import row_cache
@@ -56,7 +57,8 @@ def test_kept_stacks_equal_the_reference(names: list[str], shape: tuple[int, ...
     model, x = mixed(), torch.randn(len(names), *shape, 6)
     with torch.no_grad():
         first, stacks = model(x, adapter_names=names), kept(model)
-        again = model(x, adapter_names=names)
+        with model.host.call(rows=Rows.of(names, goes_on=True)):
+            again = model.base_model(x)
     assert stacks is not None
     assert kept(model) is stacks
     assert torch.equal(first, again)
@@ -77,7 +79,10 @@ def changes() -> dict[str, Any]:
     def parameter(m: Any) -> None:
         layer(m).lora_B["q"].weight = nn.Parameter(torch.ones(10, 3))
 
-    def unseen(m: Any) -> None:  # as sharded training does
+    def unseen(m: Any) -> None:  # no version counter moves
+        layer(m).lora_A["q"].weight.data.mul_(3.0)
+
+    def sharded(m: Any) -> None:
         m.train()
         layer(m).lora_A["q"].weight.data.mul_(3.0)
         m.eval()
@@ -90,7 +95,8 @@ def changes() -> dict[str, Any]:
         "in place": step,
         "data": point,
         "parameter": parameter,
-        "in training": unseen,
+        "unseen": unseen,
+        "in training": sharded,
         "scaling": lambda m: layer(m).set_scale("q", 5.0),
         "added again": again,
         "cast": lambda m: m.double().float(),
@@ -119,6 +125,32 @@ def test_only_the_last_batch_is_kept_and_copies_hold_none() -> None:
     assert kept(pickle.loads(pickle.dumps(model))) is None
     model.train()
     assert kept(model) is None
+
+
+def test_decoding_keeps_its_stacks_and_the_next_prompt_does_not() -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, **sizes))
+    config = lambda: veneer.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model: Any = veneer.get_peft_model(base, config(), "p")
+    model.add_adapter("q", config())
+    layer, names = model.eval().base_model.model.model.layers[0].self_attn.q_proj, ["p", "q"]
+    ids = torch.randint(3, 40, (2, 4))
+    with torch.no_grad():
+        past = model(input_ids=ids, adapter_names=names, use_cache=True).past_key_values
+        stacks = layer.kept.stacks
+        model(input_ids=ids[:, :1], past_key_values=past, adapter_names=names, use_cache=True)
+        assert layer.kept.stacks is stacks
+        first = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, adapter_names=names)
+        assert layer.kept.stacks is not stacks
+        layer.lora_B["q"].weight.data.mul_(-40.0)
+        model.base_model.model.model.layers[0].self_attn.v_proj.lora_B["q"].weight.data.mul_(-40.0)
+        second = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, adapter_names=names)
+        model.set_adapter("q")
+        alone = model.generate(input_ids=ids[1:], max_new_tokens=6, do_sample=False)
+    assert torch.equal(first[0], second[0])
+    assert not torch.equal(first[1], second[1])
+    assert torch.equal(second[1], alone[0])
 
 
 @pytest.mark.parametrize("options", [{"lora_bias": True}, {"use_dora": True}], ids=str)
@@ -173,6 +205,13 @@ def test_switching_trains_the_active_adapter_alone(inference: bool) -> None:
     assert trained(model) == {"p", "q", "t"}
     model.set_adapter("q", inference_mode=inference)
     assert trained(model) == (set() if inference else {"q"})
+
+
+def test_switching_freezes_what_a_caller_unfroze_in_part() -> None:
+    model = mixed()
+    model.base_model.model.b.lora_B["t"].weight.requires_grad_(True)
+    model.set_adapter("q")
+    assert trained(model) == {"q"}
 
 
 def test_switching_undoes_what_layers_were_set_to() -> None:
