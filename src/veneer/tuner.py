@@ -309,10 +309,9 @@ class Tuner(nn.Module):
                 self.require_grad(n, on)
 
     def _may_train(self, adapter: str) -> bool:
-        """Whether a tensor of the adapter may require gradients. The first tensor stands for those that a caller
-        unfroze without the engine (all of a model's parameters, say)."""
+        """Whether a tensor of the adapter requires gradients, by the engine's doing or a caller's."""
         held = self._trained(adapter)
-        return adapter in self.host.unfrozen or bool(held and held[0][0][held[0][1]].requires_grad)
+        return adapter in self.host.unfrozen or any(parameters[leaf].requires_grad for parameters, leaf in held)
 
     def _trained(self, adapter: str) -> list[tuple[dict[str, Any], str]]:
         """Where the adapter's trained tensors are, found once: (a module's _parameters, name)."""
