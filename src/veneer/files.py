@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -117,3 +118,12 @@ def read_tensors(path: str | os.PathLike, device: str = "cpu") -> dict[str, Tens
             f"{path}: this .bin file holds more than tensors and could run code when opened, so it is refused; "
             f"load it where it is trusted and save it again as safetensors ({str(e).splitlines()[0]})"
         ) from e
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """The hash of a file's bytes, in hexadecimal; read in pieces."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()

@@ -7,7 +7,6 @@ asked for and holds the checkpoints that nobody asked for, and goes when the run
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.files import write_json
+from veneer.files import sha256, write_json
 from veneer.train.result import whole_folder
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     from veneer.version import __version__
 
     names = {split: split_source(recipe.data, split) for split in ("train", "test", "validation")}
-    data = {split: _content(locate(name, split)) for split, name in names.items() if name is not None}
+    data = {split: sha256(locate(name, split)) for split, name in names.items() if name is not None}
     path = resolve_base(recipe.base).path
     files = [] if path is None else [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     return {
@@ -155,14 +154,6 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
         "base": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files},
         "versions": {"veneer": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__},
     }
-
-
-def _content(path: Path) -> str:
-    with open(path, "rb") as file:
-        found = hashlib.sha256()
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
 
 
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:

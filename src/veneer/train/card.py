@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +69,7 @@ The files are in peft's format: `PeftModel.from_pretrained(base_model, ".")` rea
 def _origins(result: RunResult) -> list[tuple[str, str]]:
     """The base and the data files, so that they can be told from others: file, size and SHA-256."""
     from veneer.base_mark import read_mark
-    from veneer.files import SAFE_NAME
+    from veneer.files import SAFE_NAME, sha256
     from veneer.train.data import locate
     from veneer.train.errors import DataError
 
@@ -89,11 +88,7 @@ def _origins(result: RunResult) -> list[tuple[str, str]]:
         except DataError:
             path = None  # it has moved since
         if path is not None and path.is_file():
-            digest = hashlib.sha256()
-            with path.open("rb") as f:
-                while part := f.read(1 << 20):
-                    digest.update(part)
-            rows.append((f"{what} {path.name}, {path.stat().st_size} bytes", f"sha256 {digest.hexdigest()}"))
+            rows.append((f"{what} {path.name}, {path.stat().st_size} bytes", f"sha256 {sha256(path)}"))
     return rows
 
 

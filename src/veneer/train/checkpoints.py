@@ -7,7 +7,6 @@ comes last and names every file with its size and hash; older ones go only after
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from veneer.errors import AdapterError
-from veneer.files import read_tensors, write_json, write_tensors, write_text
+from veneer.files import read_tensors, sha256, write_json, write_tensors, write_text
 from veneer.layer import adapted_layers
 from veneer.train.errors import RecipeError
 
@@ -43,16 +42,8 @@ def seal(folder: Path) -> None:
         if path.is_file() and path.name != SEAL:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, _hash(path)]
+            listed[path.relative_to(folder).as_posix()] = [path.stat().st_size, sha256(path)]
     write_text(str(folder / SEAL), json.dumps(listed, indent=1))
-
-
-def _hash(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
 
 
 def is_whole(folder: Path) -> bool:
@@ -62,7 +53,7 @@ def is_whole(folder: Path) -> bool:
         return False
     listed = json.loads(mark.read_text(encoding="utf-8"))
     return all(
-        (folder / name).is_file() and (folder / name).stat().st_size == size and _hash(folder / name) == found
+        (folder / name).is_file() and (folder / name).stat().st_size == size and sha256(folder / name) == found
         for name, (size, found) in listed.items()
     )
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE, Encoded, Piece, chat_pieces, encode_pieces
 from veneer.train.errors import DataError
+
+if TYPE_CHECKING:
+    from veneer.train.collate import GroupCollator
+    from veneer.train.tasks.base import Plan
 
 __all__ = [
     "ALIASES",
@@ -15,9 +19,11 @@ __all__ = [
     "SIDES",
     "are_messages",
     "check_pair",
+    "collator",
     "conversation",
     "encode_pairs",
     "encode_side",
+    "show_answers",
     "shown",
 ]
 
@@ -129,3 +135,17 @@ def encode_side(table: Table, rows: Sequence[dict[str, Any]], side: str, tokeniz
         kept = set(trained[skip:])
         pieces.append([Piece(piece.text, index in kept) for index, piece in enumerate(cut)])
     return encode_pieces(tokenizer, pieces, chat=True)
+
+
+def show_answers(plan: Plan, test: Table) -> None:
+    """Put the test rows' prompts and both answers into the plan, as text."""
+    rows = test.dataset.to_list()
+    plan.examples = [shown(row, "chosen") for row in rows]
+    plan.targets = [shown(row, "rejected")[1] for row in rows]
+
+
+def collator(tokenizer: Any, multiple_of: int) -> GroupCollator:
+    """Chosen and rejected answers in turn."""
+    from veneer.train.collate import Collator, GroupCollator
+
+    return GroupCollator(Collator(tokenizer.pad_token_id, multiple_of), SIDES)

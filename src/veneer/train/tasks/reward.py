@@ -66,15 +66,11 @@ class Reward(Task):
         """Tokens of the test rows' answers, and both as text."""
         limit = token_limit(recipe, tokenizer, config)
         plan.test, _ = self._encode(test, tokenizer, limit)
-        rows = test.dataset.to_list()
-        plan.examples = [pairs.shown(row, "chosen") for row in rows]
-        plan.targets = [pairs.shown(row, "rejected")[1] for row in rows]
+        pairs.show_answers(plan, test)
 
     def collator(self, tokenizer: Any, multiple_of: int = 1, seed: int = 0) -> Any:
         """Chosen and rejected answers in turn."""
-        from veneer.train.collate import Collator, GroupCollator
-
-        return GroupCollator(Collator(tokenizer.pad_token_id, multiple_of), pairs.SIDES)
+        return pairs.collator(tokenizer, multiple_of)
 
     def items(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """One for each pair."""
