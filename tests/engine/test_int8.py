@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -138,5 +139,11 @@ def test_a_bias_is_added_and_other_dtypes_are_left_alone() -> None:
     assert not int8_base(model.double(), [lambda: model(x.double())]).weights
 
 
-def test_whether_int8_is_faster_is_measured_here() -> None:
-    assert int8.int8_is_faster() in (True, False)
+@pytest.mark.parametrize(("seconds", "faster"), [(0.0, True), (0.05, False)])
+def test_whether_int8_is_faster_is_measured(monkeypatch: pytest.MonkeyPatch, seconds: float, faster: bool) -> None:
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        time.sleep(seconds)
+        return a
+
+    monkeypatch.setattr(torch, "_int_mm", product)
+    assert int8.int8_is_faster() is faster
