@@ -60,7 +60,7 @@ def _tensors(layer: Adapted, adapter: str) -> list[torch.Tensor]:
     return [getattr(h, leaf) for h, leaf in layer.entries[adapter].where.values()]
 
 
-def _root(model: Any) -> nn.Module:
+def _root(model: Any, asked: str) -> nn.Module:
     """What layers are named from: the Tuner of a PeftModel, so that names begin with "model.", or the model."""
     from .tuner import Tuner
 
@@ -72,8 +72,8 @@ def _root(model: Any) -> nn.Module:
 
         if isinstance(model, PeftModel):
             raise TypeError(
-                f"get_layer_status() got an invalid PeftModel instance; get_model_status() got an invalid PeftModel "
-                f"instance: {model.peft_type} adds to the input and has no adapter layers"
+                f"{asked}() got an invalid PeftModel instance: {model.peft_type} adds to the input and has no adapter "
+                "layers"
             )
         raise ValueError(
             f"No adapter layers found in the model ({type(model).__name__}); status is for models with adapters on "
@@ -85,8 +85,12 @@ def _root(model: Any) -> nn.Module:
 def layer_status(model: Any) -> list[LayerStatus]:
     """One LayerStatus for each adapted layer and each module trained whole. Raises ValueError for a model without,
     TypeError for one whose adapters are prompts."""
+    return _layers(_root(model, "get_layer_status"))
+
+
+def _layers(root: nn.Module) -> list[LayerStatus]:
     out = []
-    for name, layer in _root(model).named_modules():
+    for name, layer in root.named_modules():
         if isinstance(layer, Adapted):
             out.append(_layer(name, layer))
         elif isinstance(layer, SavedModule):
@@ -149,9 +153,9 @@ def _model_type(configs: Any) -> str:
 
 def model_status(model: Any) -> ModelStatus:
     """The layers' status put together."""
-    layers = layer_status(model)
+    root: Any = _root(model, "get_model_status")
+    layers = _layers(root)
     configs = getattr(model, "peft_config", {})
-    root: Any = _root(model)
     tuned = root is not model
     inner = root.model if tuned else root
     names = sorted({a for s in layers for a in s.available_adapters})

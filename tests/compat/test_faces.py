@@ -216,6 +216,8 @@ def test_models_without_adapters_on_layers_have_no_status() -> None:
     prompt = veneer.get_peft_model(llama(), veneer.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     with pytest.raises(TypeError, match=r"get_layer_status\(\) got an invalid PeftModel instance"):
         veneer.get_layer_status(prompt)
+    with pytest.raises(TypeError, match=r"get_model_status\(\) got an invalid PeftModel instance"):
+        veneer.get_model_status(prompt)
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -1,27 +1,32 @@
-"""What makes a training step faster without the model's files knowing: the base's kernels, int8 products, memory."""
+"""What makes a training step faster without the model's files knowing: kernels, int8 products, memory, batches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veneer.train.allocator import keep_blocks
 from veneer.train.prepare import Parts
 from veneer.train.recipe import Recipe
 
+if TYPE_CHECKING:
+    from veneer.train.trainer import TaskTrainer
+
 __all__ = ["faster_base"]
 
 
 @contextmanager
-def faster_base(recipe: Recipe, parts: Parts, model: Any, collate: Any, say: Callable[[str], None]) -> Iterator[None]:
-    """Inside, the base does its work as the recipe's `base` section says; after it, as before.
+def faster_base(recipe: Recipe, parts: Parts, trainer: TaskTrainer, say: Callable[[str], None]) -> Iterator[None]:
+    """Inside, the base does its work as the recipe's `base` section says; after it, as before. Batches are laid out
+    as the task knows to for this model.
 
     Where `base.matmul: int8` gains nothing here, the floats stay and a note says so.
     """
     from veneer.fused import base_kernels
 
+    model, collate = trainer.accelerator.unwrap_model(trainer.model), trainer.data_collator
     if parts.args.device.type == "cpu":
         keep_blocks()
     with ExitStack() as stack:
@@ -29,7 +34,9 @@ def faster_base(recipe: Recipe, parts: Parts, model: Any, collate: Any, say: Cal
             stack.enter_context(base_kernels(model))
         if recipe.base.matmul == "int8":
             stack.enter_context(_int8(parts, model, collate, say))
+        trainer.batch_form = stack.enter_context(parts.task.batch_form(model, parts.plan, collate))
         yield
+    trainer.batch_form = None
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def _run(recipe: Recipe, parts: Parts, trainer: TaskTrainer, now: Attempt, conso
         trainer.add_callback(Autosave())
         args.save_total_limit = 2
     start = time.monotonic()
-    with faster_base(recipe, parts, trainer.model, trainer.data_collator, lambda text: _say(console, text)):
+    with faster_base(recipe, parts, trainer, lambda text: _say(console, text)):
         args.restore_callback_states_from_checkpoint = now.last is not None
         trainer.train(resume_from_checkpoint=None if now.last is None else str(now.last))
     return time.monotonic() - start + trainer.earlier.seconds

@@ -116,6 +116,8 @@ class TaskTrainer(Trainer):
         # the task's losses are sums over the whole step's labels, divided by their number
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        #: how a training batch is laid out for the model
+        self.batch_form: Callable[[Any], Any] | None = None
         self._tokens: torch.Tensor | int = 0
         self._marks = (0, 0.0)
         self._began = 0.0
@@ -141,6 +143,7 @@ class TaskTrainer(Trainer):
         if model.training:
             self._began = self._began or time.monotonic()
             self._tokens = self._tokens + inputs["attention_mask"].sum()
+            inputs = inputs if self.batch_form is None else self.batch_form(inputs)
         items = num_items_in_batch
         if isinstance(items, int):
             items = torch.tensor(items, device=inputs["input_ids"].device)

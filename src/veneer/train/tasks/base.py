@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
     from datasets import Dataset
@@ -138,6 +139,11 @@ class Task:
         Raises:
             BaseModelError: it cannot do what the plan needs.
         """
+
+    @contextmanager
+    def batch_form(self, model: Any, plan: Plan, collate: Any) -> Iterator[Callable[[Any], Any] | None]:
+        """Inside, ``model`` takes training batches in a form that is less work: yields what makes it, if any does."""
+        yield None
 
     def begin_epoch(self, collate: Any, epoch: int) -> None:
         """Tell the collator which pass over the rows begins, where what it draws depends on it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -37,11 +38,13 @@ _BATCH = 1000
 class CausalLMOptions:
     """packing: `chunk` puts texts one after the other and cuts them every `data.max_length` tokens (continued
     pre-training); `pack` puts whole rows side by side up to that length, and no row sees another. train_on_prompt:
-    learn the prompts too, not the answers alone.
+    learn the prompts too, not the answers alone. share_prefix: what all rows of a batch begin with (a system prompt)
+    is computed once, and nothing is padded, where the model can read rows so and it is less work.
     """
 
     packing: Literal["none", "chunk", "pack"] = "none"
     train_on_prompt: bool = False
+    share_prefix: bool = True
 
 
 class CausalLM(Task):
@@ -116,6 +119,19 @@ class CausalLM(Task):
             from veneer.train.packing import check_packing
 
             check_packing(model)
+
+    @contextmanager
+    def batch_form(self, model: Any, plan: Plan, collate: Any) -> Iterator[Callable[[Any], Any] | None]:
+        """Batches whose rows share what they begin with."""
+        from veneer.train.prefix import shared_prefix
+
+        if not self.options.share_prefix or self.options.packing != "none" or len(plan.train) < 2:
+            yield None
+            return
+        device = next(model.parameters()).device
+        batch = {name: values.to(device) for name, values in collate([plan.train[0], plan.train[1]]).items()}
+        with shared_prefix(model, batch, max(plan.train["length"])) as form:
+            yield form
 
     def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
         """The head's loss in chunks of the labelled tokens."""
@@ -252,7 +268,7 @@ def _packed(dataset: Any, rows: Sequence[Encoded], limit: int) -> str:
 
 def _unmasked(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     """A packed batch without its mask: the positions say which tokens belong together."""
-    if "position_ids" not in batch:
+    if "position_ids" not in batch or "joined_rows" in batch:
         return batch
     return {key: value for key, value in batch.items() if key != "attention_mask"} | {"use_cache": False}
 
