@@ -2,16 +2,18 @@
 
 "frozen" is the limit: the base's forward and the gradient of its input, nothing trained. "veneer" is the import
 changed and nothing else; "switches" has what `veneer train` turns on besides: base_kernels, the head's loss in chunks
-and at the labels alone, freed memory kept. "int8" is switches with `base.matmul: int8`.
+and at the labels alone, freed memory kept, and a beginning that rows share computed once. "int8" is switches with
+`base.matmul: int8`.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from common import SMOLLM2, Case, Lap, device, package, resident_mb
 
-OPTIONS = {"batch": 4, "seq": 256, "r": 16, "dropout": 0.0, "dtype": "float32", "labels": 1.0}
+OPTIONS = {"batch": 4, "seq": 256, "r": 16, "dropout": 0.0, "dtype": "float32", "labels": 1.0, "shared": 0}
 
 
 def build(who: str, o: dict[str, Any]) -> Lap:
@@ -25,6 +27,7 @@ def build(who: str, o: dict[str, Any]) -> Lap:
     weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
     ids = torch.randint(0, SMOLLM2["vocab_size"], shape, device=where)
     labels = ids.masked_fill(torch.rand(shape, device=where) >= o["labels"], -100)
+    ids[:, : o["shared"]], labels[:, : o["shared"]] = ids[0, : o["shared"]].clone(), -100  # a system prompt
     call: dict[str, Any] = {"input_ids": ids, "labels": labels, "use_cache": False}
     trained: list[Any] = []
     if who == "frozen":
@@ -34,7 +37,7 @@ def build(who: str, o: dict[str, Any]) -> Lap:
     else:
         model, trained = adapted(package(who), model, o)
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-    loss_of = with_switches(model) if who in ("switches", "int8") else lambda call: model(**call).loss
+    loss_of = with_switches(model, call) if who in ("switches", "int8") else lambda call: model(**call).loss
     if who == "int8":
         from veneer.int8 import int8_base
 
@@ -69,14 +72,26 @@ def adapted(pkg: Any, model: Any, o: dict[str, Any]) -> tuple[Any, list[Any]]:
     return model, [p for _, p in named]
 
 
-def with_switches(model: Any) -> Any:
+def with_switches(model: Any, call: dict[str, Any]) -> Any:
+    import torch
+
     from veneer import base_kernels
     from veneer.train.allocator import keep_blocks
     from veneer.train.loss import labelled_loss
+    from veneer.train.prefix import shared_prefix
 
     base_kernels(model).on()
     keep_blocks()
-    return lambda call: labelled_loss(model, call, None)  # type: ignore[arg-type]
+    batch = {"input_ids": call["input_ids"], "labels": call["labels"]}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    context = ExitStack()
+    form = context.enter_context(shared_prefix(model, batch, batch["input_ids"].shape[1]))
+    assert form is not None
+
+    def loss(_: Any, context: ExitStack = context) -> Any:  # the context lives as long as this function
+        return labelled_loss(model, form(batch), None)
+
+    return loss
 
 
 def case(about: str, time: float, frozen: float, memory: float, **options: Any) -> Case:
@@ -109,4 +124,5 @@ CASES = {
     "step-dropout": case("4 x 256, float32, dropout 0.05", 0.5, 1.08, 0.6, dropout=0.05),
     "step-bf16": case("4 x 256, bfloat16", 0.92, 1.08, 0.6, dtype="bfloat16"),
     "step-masked": case("4 x 256, float32, 30 % of the tokens labelled", 0.6, 1.08, 0.4, labels=0.3),
+    "step-prompt": case("8 rows of 256, 192 of them one system prompt", 0.4, 1.08, 0.4, batch=8, shared=192),
 }

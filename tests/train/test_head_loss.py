@@ -11,7 +11,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 import veneer
 from veneer.train import head_loss
-from veneer.train.head_loss import chunked_cross_entropy, cross_entropy_reference
+from veneer.train.head_loss import chunked_cross_entropy, cross_entropy_reference, rows_at_once
 from veneer.train.loss import labelled_loss, own_loss
 
 SIZES: dict[str, Any] = {
@@ -37,6 +37,14 @@ def test_value_and_gradient(chunk: int, bias: bool) -> None:
     theirs = torch.nn.functional.cross_entropy(h @ W.T + (0 if b is None else b), targets, reduction="sum")
     torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(cross_entropy_reference(h, W, b, targets).double(), theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_chunks_are_of_a_size_and_of_bounded_logits() -> None:
+    for rows in (0, 1, 15, 341, 342, 1024, 5000):
+        chunk = rows_at_once(rows, 49152, "cpu")
+        assert 1 <= chunk <= 341
+        assert rows % chunk == 0 or chunk - rows % chunk <= -(-rows // chunk)
+    assert rows_at_once(100, 10**9, "cpu") == 15  # ceil(100 / 7): at most 16 however large the vocabulary
 
 
 def model(kind: str) -> Any:

@@ -20,9 +20,7 @@ from torch.autograd import Function
 
 from veneer.kernels import plain_autograd
 
-__all__ = ["chunked_cross_entropy", "chunked_head", "cross_entropy_reference"]
-
-Head = tuple[Tensor, "Tensor | None"]
+__all__ = ["chunked_cross_entropy", "chunked_head", "cross_entropy_reference", "rows_at_once"]
 
 
 def cross_entropy_reference(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor) -> Tensor:
@@ -33,8 +31,15 @@ def cross_entropy_reference(h: Tensor, W: Tensor, b: Tensor | None, targets: Ten
 def chunked_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor, chunk: int | None = None) -> Tensor:
     """The sum over rows of the cross entropy of W h + b, in float32 at least. W and b get no gradient."""
     if chunk is None:
-        chunk = max(16, (1 << (22 if h.device.type == "cpu" else 27)) // W.shape[0])
+        chunk = rows_at_once(len(h), W.shape[0], h.device.type)
     return _ChunkedCrossEntropy.apply(h, W.detach(), b if b is None else b.detach(), targets, chunk)  # type: ignore[no-any-return]
+
+
+def rows_at_once(rows: int, vocabulary: int, device: str) -> int:
+    """The rows of a chunk, all chunks of a size: one more chunk is one more reading of W."""
+    most = max(16, (1 << (24 if device == "cpu" else 27)) // vocabulary)
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))
 
 
 class _ChunkedCrossEntropy(Function):

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["decoder_loss", "outputs_loss", "vocabulary_loss"]
+from veneer.train.head_loss import rows_at_once
 
-#: logits that the chunked loss of a head holds at a time
-CHUNK = 1 << 22
+__all__ = ["decoder_loss", "outputs_loss", "vocabulary_loss"]
 
 Loss = Callable[[], torch.Tensor]
 
@@ -60,7 +59,7 @@ def vocabulary_loss(
 
     def in_chunks(hidden: torch.Tensor) -> torch.Tensor:
         weight = head.weight
-        rows_of = max(16, CHUNK // weight.shape[0])
+        rows_of = rows_at_once(wanted, weight.shape[0], "cpu")
         gradient = torch.empty_like(hidden)
         with torch.no_grad():
             for _ in range(0, wanted, rows_of):
