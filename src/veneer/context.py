@@ -30,11 +30,17 @@ class Rows:
         """Equal for batches that use the same adapters in the same rows."""
         return self.names, tuple(self.index.tolist()), self.widened
 
-    def for_batch(self, size: int) -> Tensor | None:
-        """The index for a batch of `size` rows, as they came in or widened by a search; None for another size."""
+    def for_batch(self, size: int, where: object) -> Tensor:
+        """The index for a batch of `size` rows, as they came in or widened by a search. where: what to name in the
+        error for another size."""
         if size == len(self.index):
             return self.index
-        return self.index.repeat_interleave(self.widened) if size == len(self.index) * self.widened else None
+        if size == len(self.index) * self.widened:
+            return self.index.repeat_interleave(self.widened)
+        raise AdapterError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(self.index)} names and {size} rows at {where}; give one name a row"
+        )
 
     @classmethod
     def of(cls, adapter_names: Sequence[str], widened: int = 1, goes_on: bool = False) -> Rows:
@@ -60,7 +66,8 @@ class Host:
     active: names in the order they act. enabled: False makes every layer the base. version: raised on each
     change; layers rebuild what they cache when it moves. rows, data: per call, None or empty outside one.
     irregular, apart, merged: what a layer may have been set to by itself, so that the usual case needs no look at them.
-    unfrozen: adapters whose tensors may require gradients. structure: raised when tensors come, go or move.
+    unfrozen: adapters whose tensors may require gradients. structure: raised when tensors come, go or move. traced: the
+    layers that are part of compiled code, which are told of a switch (live.py).
     """
 
     active: tuple[str, ...] = ()
@@ -71,6 +78,7 @@ class Host:
     merged: bool = False  # a layer may hold adapters in its weight
     unfrozen: set[str] = field(default_factory=set)
     structure: int = 0
+    traced: list[Any] = field(default_factory=list)
     rows: Rows | None = None
     data: dict[str, Any] = field(default_factory=dict)
     past: dict[str, Any] = field(default_factory=dict)  # of the last training call, for what backward computes again
@@ -80,6 +88,8 @@ class Host:
     def activate(self, names: Sequence[str]) -> None:
         self.active = tuple(names)
         self.version += 1
+        for layer in self.traced:
+            layer.look_up_live()
 
     def enable(self, on: bool) -> None:
         self.enabled = on

@@ -7,7 +7,7 @@ them (merged).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,9 @@ from .base_calls import Base, Stacked
 from .context import Host
 from .errors import AdapterError, CannotMerge, PeftWarning
 from .kinds import Additive, Method, Spec, Weights
+from .live import Box, Live
 from .site import Site
-from .view import Entry, View, attribute, own_fields
+from .view import Entry, Scalings, View, attribute, own_fields
 
 Group = tuple[Method, tuple[View, ...]]
 
@@ -37,7 +38,6 @@ class Adapted(nn.Module):
         self.base_layer = site.module if base is None else base
         self.site, self.host = site, host
         self.entries: dict[str, Entry] = {}
-        self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.own_active: tuple[str, ...] | None = None
         self.own_enabled = True
@@ -45,6 +45,7 @@ class Adapted(nn.Module):
         self._backup: Any = None
         self._plans: dict[torch.dtype | None, tuple[Group, ...]] = {}
         self._plans_version = -1
+        self.live: Live | None = None  # once compiled code has it
         self.kept = row_cache.Kept()
         self.training = site.module.training
 
@@ -65,8 +66,16 @@ class Adapted(nn.Module):
             found = {n: getattr(e.cfg, name) for n, e in self.entries.items() if name in own_fields(e.cfg.__class__)}
             made = {n: e.method.derived[name] for n, e in self.entries.items() if name in e.method.derived}
             if not found and name not in self._derived:
-                raise
+                return self._shared(name)
             return found | {n: of(self.view(n)) for n, of in made.items()}
+
+    def _shared(self, name: str) -> Any:
+        """The container of a tensor that an adapter here shares with other layers; AttributeError for another name."""
+        for entry in self.entries.values():
+            for key in entry.shared:
+                if key == name:
+                    return entry.where[attribute(key)][0]
+        raise AttributeError(f"{type(self.get_base_layer()).__name__!r} object has no attribute {name!r}")
 
     # -- adapters --------------------------------------------------------------------------------------
     def add(
@@ -99,13 +108,12 @@ class Adapted(nn.Module):
                 entry.where[attribute(key)] = storage.holder_of(owner, key, name)
         if method.dropout is not None:
             if method.dropout not in self._modules:
-                self._modules[method.dropout] = nn.ModuleDict()  # its name may be a setting's (module_dropout)
+                self._modules[method.dropout] = Box(self)  # its name may be a setting's (module_dropout)
             rate = getattr(cfg, method.dropout, 0.0)
             drops: Any = self._modules[method.dropout]
             drops[name] = nn.Dropout(rate) if rate > 0 else nn.Identity()
         self.entries[name] = entry
         self._derived.update(method.derived)
-        self.scaling[name] = method.scaling(cfg)
         self.changed()
         return View(self, name)
 
@@ -123,7 +131,6 @@ class Adapted(nn.Module):
         if entry.method.dropout is not None:
             drops: Any = self._modules[entry.method.dropout]
             del drops[adapter_name]
-        self.scaling.pop(adapter_name, None)
         if self.own_active is not None:
             self.own_active = tuple(n for n in self.own_active if n != adapter_name)
         self.changed()
@@ -133,6 +140,21 @@ class Adapted(nn.Module):
         self._plans_version = -1
         self.kept.stacks = None
         self.host.structure += 1
+        self.look_up_live()
+
+    def look_up_live(self) -> None:
+        """Give compiled code the adapters that are active now."""
+        if self.live is not None:
+            self.live = Live(self, None)
+
+    @torch.compiler.assume_constant_result
+    def traced(self, dtype: torch.dtype | None) -> bool:
+        """Called while a graph is made, never when it runs."""
+        if self.live is None:
+            self.host.traced.append(self)
+        if self.live is None or dtype not in self.live.groups:
+            self.live = Live(self, dtype)
+        return True
 
     def train(self, mode: bool = True) -> Adapted:
         if mode:
@@ -234,7 +256,19 @@ class Adapted(nn.Module):
         """One adapter's tensors, handed out in `dtype` (None: as stored)."""
         return View(self, adapter, dtype)
 
+    @property
+    def scaling(self) -> Scalings:
+        return Scalings(self.entries)
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, float]) -> None:
+        self.scaling.update(values)
+
     def plan(self, dtype: torch.dtype | None) -> tuple[Group, ...]:
+        if torch.compiler.is_dynamo_compiling():
+            self.traced(dtype)
+            assert self.live is not None
+            return self.live.groups[dtype] if self.enabled and not self.merged_adapters else ()
         if self._plans_version != self.host.version:
             self._plans = {}
             self._plans_version = self.host.version
@@ -291,8 +325,10 @@ class Adapted(nn.Module):
         used = {rows_now.names[i] if i >= 0 else "" for i in rows_now.index.tolist()}
         acting = {n if n in self.entries else "" for n in used}
         if len(acting) > 1:
+            parameter = self.site.kind == "parameter"
+            start = "lora.ParamWrapper does not support mixed adapter batches yet. " if parameter else ""
             raise AdapterError(
-                f"{self.site!r} uses one weight for the whole batch, so adapter_names cannot mix adapters "
+                f"{start}{self.site!r} uses one weight for the whole batch, so adapter_names cannot mix adapters "
                 f"here ({', '.join(sorted(repr(n or '__base__') for n in acting))}); run one batch an adapter"
             )
         return self.groups(sorted(acting - {""}), dtype)

@@ -111,6 +111,7 @@ class SavedModule(Wrapper):
         self.host.unfrozen.add(adapter)
         self.host.structure += 1
         self.modules_to_save[adapter] = made
+        self.look_up_live()
 
     adapter_layer_names = ("modules_to_save",)
 
@@ -128,6 +129,7 @@ class SavedModule(Wrapper):
         if adapter in self.modules_to_save:
             del self.modules_to_save[adapter]
             self.host.structure += 1
+            self.look_up_live()
 
     @property
     def active_adapters(self) -> list[str]:
@@ -140,6 +142,7 @@ class SavedModule(Wrapper):
             self.require_grad(adapter, adapter in names and not inference_mode)
         self.own_active = names
         self.host.apart = True
+        self.look_up_live()
 
     def enable_adapters(self, enabled: bool) -> None:
         self.own_enabled = enabled
@@ -169,26 +172,43 @@ class SavedModule(Wrapper):
         """The module that a call uses now."""
         if not (self.host.enabled and self.own_enabled):
             return self.original_module
+        if torch.compiler.is_dynamo_compiling():
+            self.traced()
+            return self.__dict__["live"][0]  # type: ignore[no-any-return]
+        return self._active()
+
+    def _active(self) -> nn.Module:
         active = self.active_adapters
         return self.modules_to_save[active[-1]] if active else self.original_module
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+    @torch.compiler.assume_constant_result
+    def traced(self) -> bool:
+        """Called while a graph is made, never when it runs."""
+        if "live" not in self.__dict__:
+            self.host.traced.append(self)
+        self.__dict__["live"] = (self._active(),)  # in a tuple: not a submodule
+        return True
+
+    def look_up_live(self) -> None:
+        """Give compiled code the copy that is active now."""
+        if "live" in self.__dict__:
+            self.traced()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         rows = self.host.rows
         if rows is None or not (self.host.enabled and self.own_enabled):
-            return self.running()(x, *args, **kwargs)
-        index = rows.for_batch(len(x))
-        if index is None:
-            raise AdapterError(
-                f"{self.site_name}: adapter_names has {len(rows.index)} entries and the batch {len(x)} rows; give one "
-                "name a row"
-            )
+            return self.running()(*args, **kwargs)
+        if not args:
+            raise AdapterError(f"{self.site_name}: adapter_names needs the module's input by position, not by name")
+        x, *rest = args
+        index = rows.for_batch(len(x), self.site_name)
         out: torch.Tensor | None = None
         names = [n if n in self.modules_to_save else None for n in rows.names] + [None]
         for i in index.unique().tolist():  # whole modules cannot be stacked: one pass for each that occurs
             name = names[i]
             module = self.original_module if name is None else self.modules_to_save[name]
             where = (index == i).nonzero().squeeze(1).to(x.device)
-            part = module(x[where], *args, **kwargs)
+            part = module(x[where], *rest, **kwargs)
             if not isinstance(part, torch.Tensor):
                 raise AdapterError(f"{self.site_name}: adapter_names needs a module that returns a tensor")
             if out is None:

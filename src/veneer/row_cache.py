@@ -88,7 +88,8 @@ def _add(s: Stacks, x: Tensor, y: Tensor) -> Tensor:
 
 def _fresh(s: Stacks, layer: Adapted) -> bool:
     for name, value in s.scaling.items():
-        if layer.scaling[name] is not value and layer.scaling[name] != value:
+        now = layer.entries[name].scaling
+        if now is not value and now != value:
             return False
     for held, leaf, tensor, version, pointer in s.behind:
         if held.get(leaf) is not tensor or tensor._version != version or tensor.data_ptr() != pointer:
@@ -97,10 +98,8 @@ def _fresh(s: Stacks, layer: Adapted) -> bool:
 
 
 def _stack(layer: Adapted, rows: Rows, x: Tensor, key: Any) -> Stacks | None:
-    """The stacks of a batch; None where an adapter in it is of another kind, or the batch of another size."""
-    index = rows.for_batch(len(x))
-    if index is None:
-        return None
+    """The stacks of a batch; None where an adapter in it is of another kind."""
+    index = rows.for_batch(len(x), layer.site)
     here = [i for i, name in enumerate(rows.names) if name in layer.entries]
     views = [layer.view(rows.names[i], layer.compute_dtype(x)) for i in here]
     if not all(_simple(v) for v in views):

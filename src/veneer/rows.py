@@ -227,12 +227,7 @@ def _replace(b: Bucket, method: Replace, x: Tensor) -> Tensor:
 
 
 def _buckets(layer: Adapted, rows: Rows, x: Tensor) -> list[Bucket]:
-    index = rows.for_batch(len(x))
-    if index is None:
-        raise AdapterError(
-            f"{layer.site!r}: adapter_names has {len(rows.index)} entries and the batch {len(x)} rows; "
-            "give one name a row"
-        )
+    index = rows.for_batch(len(x), layer.site)
     dtype = layer.compute_dtype(x)
     groups: dict[Any, list[int]] = {}
     views: dict[int, View] = {}

@@ -54,6 +54,7 @@ class Tuner(nn.Module):
         self.targeted: dict[str, list[str]] = {}
         self.replicated: list[list[int]] | None = None  # ranges of layer_replication, once they are in place
         self.schedules: dict[str, schedule.Schedule] = {}
+        self.scheduling = False  # whether an adapter may have one: names are looked at only then
         self._trained_places: dict[str, list[tuple[dict[str, Any], str]]] = {}
         self._trained_at = -1
         self.attached = attach.Attached(self)
@@ -74,10 +75,16 @@ class Tuner(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.call(args, kwargs):
             out = self.model(*args, **kwargs)
-        if self.training and self.host.enabled and torch.is_grad_enabled() and schedule.names(self):
-            schedule.watch(self)
+        if self.scheduling and self.training and self.host.enabled and torch.is_grad_enabled() and schedule.names(self):
+            self._watched()
             schedule.add_loss(self, out, kwargs)
         return out
+
+    @torch.compiler.assume_constant_result
+    def _watched(self) -> bool:
+        """In compiled code done while the graph is made, never when it runs."""
+        schedule.watch(self)
+        return True
 
     @property
     def update_and_allocate(self) -> Callable[[int], None]:
@@ -161,6 +168,7 @@ class Tuner(nn.Module):
         if registry.method_of(cfg).reads:
             self.reading[name] = registry.method_of(cfg)
         self.methods[name] = registry.method_of(cfg)
+        self.scheduling |= type(self.methods[name]).scheduled is not Method.scheduled
         if first:
             for p in self.model.parameters():
                 p.requires_grad_(False)
@@ -210,9 +218,9 @@ class Tuner(nn.Module):
                     "use get_peft_model(..., mixed=True)"
                 )
             if registry.method_of(other).exclusive != method.exclusive:
-                alone = method.name if method.exclusive else registry.method_of(other).name
+                alone = type(method if method.exclusive else registry.method_of(other)).__name__
                 raise ValueError(
-                    f"{alone} cannot be combined with adapters that don't use it, since {alone} modifies the base "
+                    f"{alone} cannot be combined with adapters that don't use {alone}, since it modifies the base "
                     f"weights: adapter {name!r} does not fit beside {', '.join(map(repr, self.peft_config))}"
                 )
         changing = [c for c in (*self.peft_config.values(), cfg) if registry.method_of(c).changes_base(c)]

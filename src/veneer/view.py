@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from .layer import Adapted
     from .site import Site
 
-__all__ = ["Entry", "View", "attribute", "own_fields"]
+__all__ = ["Entry", "Scalings", "View", "attribute", "own_fields"]
 
 
 class View:
@@ -26,7 +27,8 @@ class View:
     def __init__(self, layer: Adapted, name: str, dtype: torch.dtype | None = None):
         self.layer, self.name, self.dtype = layer, name, dtype
         entry = layer.entries[name]
-        self.method, self.where, self.raw = entry.method, entry.where, entry.raw
+        self.entry, self.method, self.where, self.raw = entry, entry.method, entry.where, entry.raw
+        self.held: dict[str, nn.Module] | None = None  # of a traced layer: its modules by container, see live.py
 
     def __getattr__(self, key: str) -> Any:
         if key in ("where", "raw", "layer"):  # not set yet while copy and pickle rebuild the object
@@ -55,11 +57,11 @@ class View:
 
     @property
     def cfg(self) -> Any:
-        return self.layer.entries[self.name].cfg
+        return self.entry.cfg
 
     @property
     def scaling(self) -> float:
-        return self.layer.scaling[self.name]
+        return self.entry.scaling
 
     @property
     def training(self) -> bool:
@@ -67,7 +69,7 @@ class View:
 
     @property
     def memory(self) -> dict[str, Any]:
-        return self.layer.entries[self.name].memory
+        return self.entry.memory
 
     @property
     def data(self) -> dict[str, Any]:
@@ -83,8 +85,7 @@ class View:
     def drop(self, x: Tensor) -> Tensor:
         if self.method.dropout is None or not self.layer.training:
             return x
-        d: Any = self.layer._modules[self.method.dropout]
-        module = d[self.name]
+        module = self.copy_of_module(self.method.dropout)
         return x if isinstance(module, nn.Identity) or not x.is_floating_point() else module(x)
 
     @property
@@ -92,11 +93,12 @@ class View:
         """The rate of `drop` as it acts now: 0 outside training."""
         if self.method.dropout is None or not self.layer.training:
             return 0.0
-        d: Any = self.layer._modules[self.method.dropout]
-        module = d[self.name]
+        module = self.copy_of_module(self.method.dropout)
         return module.p if isinstance(module, nn.Dropout) and module.training else 0.0
 
     def copy_of_module(self, container: str) -> nn.Module:
+        if self.held is not None:
+            return self.held[container]
         return self.layer._modules[container][self.name]  # type: ignore[index]
 
 
@@ -110,6 +112,32 @@ class Entry:
         self.raw = frozenset(attribute(k) for k, s in specs.items() if s.raw)
         self.start: tuple[Tensor, Tensor] | None = None  # the first A and B, where data took them out of the base
         self.memory: dict[str, Any] = {}  # what the method keeps on this layer between calls; not saved
+        self.scaling = method.scaling(cfg)
+
+
+class Scalings(MutableMapping[str, float]):
+    """`layer.scaling`: adapter name -> the number that multiplies its change, as the entries hold it."""
+
+    def __init__(self, entries: Mapping[str, Entry]):
+        self.entries = entries
+
+    def __getitem__(self, name: str) -> float:
+        return self.entries[name].scaling
+
+    def __setitem__(self, name: str, value: float) -> None:
+        self.entries[name].scaling = value
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError(f"a scaling is part of its adapter; delete that: layer.delete_adapter({name!r})")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
 
 def attribute(storage_name: str) -> str:

@@ -119,7 +119,7 @@ class DoRA(Reweight):
         """m / ||V||, (out,), in float32 at least; the norm counts as a constant."""
         caching = DoraCaching.on and not p.training and isinstance(p, View)  # not a row of a mixed batch
         kept = DoraCaching.kept.setdefault(p.layer, {}) if caching else {}
-        found = kept.get(p.name)
+        found = kept.get(p.name) if caching else None
         if found is None:
             with torch.no_grad():
                 length = _length(W, p)

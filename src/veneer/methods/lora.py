@@ -164,13 +164,15 @@ def lora_check(cfg: LoraConfig, site: Site) -> None:
         raise ValueError(
             f"Targeting a {type(site.module).__name__} with groups={site.groups} and rank {cfg.r}. "
             f"Currently, support is limited to conv layers where the rank is divisible by groups. "
-            f"Either choose a different rank or do not target this layer. ({site!r})"
+            f"Either choose a different rank or do not target this specific layer. ({site!r})"
         )
     if site.kind == "parameter" and (cfg.lora_bias or cfg.fan_in_fan_out):
         option = "lora_bias" if cfg.lora_bias else "fan_in_fan_out"
         raise ValueError(f"target_parameters does not work with {option}=True ({site!r})")
     if cfg.lora_bias and site.kind == "embedding":
-        raise AdapterError(f"lora_bias=True on {site!r}: an embedding has no bias; take it out of target_modules")
+        raise AdapterError(
+            f"lora_bias=True is not supported for Embedding, which has no bias; take {site!r} out of target_modules"
+        )
 
 
 class LoraFactors(LowRank):

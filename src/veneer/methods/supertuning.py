@@ -82,7 +82,7 @@ class SuperTuning(Additive):
 
     def check(self, cfg: Any, site: Site) -> None:
         if entries(cfg, site) < 1:
-            raise AdapterError(f"{site!r}: sparsity={cfg.sparsity} leaves nothing to train; lower it")
+            raise AdapterError(f"{site!r}: sparsity={cfg.sparsity} leaves no trainable entries; lower it")
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         k = entries(cfg, site)

@@ -96,14 +96,22 @@ class VBLoRA(LowRank):
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         logits = p.vblora_logits_A
-        if p.training and logits.requires_grad and torch.isinf(logits[0, 0]).any():
-            raise RuntimeError(
-                f"{p.site!r}: this adapter was saved with save_only_topk_weights=True, which leaves out the other "
-                "logits, so its training cannot go on (infinity values in VB-LoRA logits); train from a full file, or "
-                "call eval()"
-            )
+        if p.training and logits.requires_grad:
+            self._check_whole(p, logits)
         A, B = self.mixed(p, logits), self.mixed(p, p.vblora_logits_B)
         return B.transpose(1, 2).flatten(0, 1), A.flatten(1)
+
+    def _check_whole(self, p: View, logits: Tensor) -> None:
+        """Raise RuntimeError where the logits beside the largest are not there."""
+        problem = (
+            f"{p.site!r}: this adapter was saved with save_only_topk_weights=True, which leaves out the other logits, "
+            "so its training cannot go on (infinity values in VB-LoRA logits); train from a full file, or call eval()"
+        )
+        missing = torch.isinf(logits[0, 0]).any()
+        if torch.compiler.is_compiling():
+            torch._assert_async(~missing, problem)
+        elif missing:
+            raise RuntimeError(problem)
 
     def mixed(self, p: View, logits: Tensor) -> Tensor:
         """Sub-vectors: (..., h) logits -> (..., b)."""

@@ -83,9 +83,14 @@ class WaveFTConfig(AdapterConfig):
         return out
 
 
-@lru_cache(maxsize=512)
+@torch.compiler.assume_constant_result
 def filters(family: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(2, length): low-pass and high-pass, for reconstruction."""
+    return _filters(family, dtype, device)
+
+
+@lru_cache(maxsize=512)
+def _filters(family: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     low = torch.tensor(wavelets()[family], dtype=torch.float64)
     sign = 1.0 - 2.0 * (torch.arange(len(low)) % 2)
     return torch.stack([low, sign * low.flip(0)]).to(device=device, dtype=dtype)
