@@ -38,18 +38,20 @@ SMOLLM2 = {
 @dataclass
 class Lap:
     """One contestant, ready to run: run(prepare()) is timed, prepare() is not. run returns a number that the
-    contestants must agree on (a loss), or None. memory_base_mb: what the base takes, by which the peak is lessened."""
+    contestants must agree on (a loss), or None; after() returns it where finding it is not to be timed.
+    memory_base_mb: what the base takes, by which the peak is lessened."""
 
     run: Callable[[Any], float | None]
     prepare: Callable[[], Any] = lambda: None
     memory_base_mb: float = 0.0
+    after: Callable[[], float] | None = None
 
 
 @dataclass
 class Case:
     """about: one line. targets: (contestant, other) -> the ratio of times to reach; None: shown, without a target.
     agree: contestants whose numbers must be equal within `tolerance`. options: what build gets. rounds: the default.
-    env: environment variables of a contestant's process."""
+    env: environment variables of a contestant's process. needs: what is missing here to run the case, None: nothing."""
 
     about: str
     build: Callable[[str, dict[str, Any]], Lap]
@@ -61,6 +63,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     rounds: int = 5
     env: dict[str, dict[str, str]] = field(default_factory=dict)
+    needs: Callable[[], str | None] = lambda: None
 
 
 # -- memory ------------------------------------------------------------------------------------------------
@@ -117,6 +120,8 @@ def serve(build: Callable[[], Lap]) -> None:
         value = lap.run(given)
         synchronize()
         seconds, cpu = time.perf_counter() - began, cpu_seconds() - cpu
+        if lap.after is not None:
+            value = lap.after()
         del given
         told = {"seconds": seconds, "cpu": cpu, "value": value, "peak_mb": peak_mb() - lap.memory_base_mb}
         print(json.dumps(told), flush=True)
@@ -151,7 +156,7 @@ class Contestant:
     def read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith("{"):  # libraries print, too
+            if line.startswith('{"'):  # libraries print, too, Trainer dicts with single quotes
                 return json.loads(line)
         raise RuntimeError(f"{self.name} stopped with exit status {self.process.wait()}; its error is above")
 

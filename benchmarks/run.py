@@ -19,12 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import adapters
+import compiled
 import decode
+import epoch
 import startup
 import step
 from common import Case, commit, machine, race, serve, write
 
-CASES: dict[str, Case] = {**step.CASES, **decode.CASES, **adapters.CASES, **startup.CASES}
+CASES: dict[str, Case] = {
+    **step.CASES,
+    **decode.CASES,
+    **adapters.CASES,
+    **compiled.CASES,
+    **epoch.CASES,
+    **startup.CASES,
+}
 HERE = Path(__file__).parent
 
 
@@ -80,6 +89,9 @@ def one(name: str, args: argparse.Namespace) -> bool:
     case = CASES[name]
     case.options = options(case, args.set)
     print(f"{name}: {case.about}", flush=True)
+    if missing := case.needs():
+        print(f"  left out: {missing}", flush=True)
+        return True
     argv = [x for pair in args.set for x in ("--set", pair)]
     try:
         row = race(name, case, os.path.abspath(__file__), args.rounds or case.rounds, argv)
