@@ -67,31 +67,56 @@ def test_inspect_and_diff(browser: Browser, make_adapter: Any, tmp_path: Path) -
     assert browser.run("document.body.innerText.includes('layers.1.self_attn.v_proj')")
 
 
-def test_a_runs_report(browser: Browser, llama: Path, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
         '{"prompt": "send", "completion": "two apples"}\n{"prompt": "Bob", "completion": "red plums"}\n' * 4
     )
-    run(
-        "train",
-        "--task",
-        "causal-lm",
-        "--base",
-        llama,
-        "--data",
-        rows,
-        "--test",
-        rows,
-        "--out",
-        tmp_path / "run",
-        "--max-steps",
-        4,
-        "--r",
-        2,
-    )
+    return path
+
+
+def train(llama: Path, rows: Path, out: Path, *more: Any) -> None:
+    words = ["--task", "causal-lm", "--base", llama, "--data", rows, "--test", rows, "--out", out, "--max-steps", 4]
+    run("train", *words, *more)
+
+
+def test_a_runs_report(browser: Browser, llama: Path, rows: Path, tmp_path: Path) -> None:
+    train(llama, rows, tmp_path / "run", "--r", 2)
     found = clean(browser, tmp_path / "run" / "report.html")
     assert len(found) >= 4, found
     assert browser.run("document.querySelectorAll('svg').length") >= 1
+
+
+def test_a_comparison_of_runs(browser: Browser, llama: Path, rows: Path, tmp_path: Path) -> None:
+    train(llama, rows, tmp_path / "small", "--r", 2)
+    evaluated = ["--set", "train.eval_strategy=steps", "--set", "train.eval_steps=2"]
+    train(llama, rows, tmp_path / "large", "--r", 8, "--max-steps", 6, *evaluated)
+    run("compare", tmp_path / "small", tmp_path / "large", "--html", tmp_path / "compare.html")
+    found = clean(browser, tmp_path / "compare.html")
+    assert found == [
+        "small, large",
+        "The runs",
+        "Loss",
+        "Scores on held-out data",
+        "Settings that differ",
+        "The same rows, answered by each",
+    ]
+    assert browser.run("document.querySelectorAll('svg.chart').length") == 2
+    strokes = "[...document.querySelectorAll('svg.chart')][0].querySelectorAll('path.line')"
+    colours = browser.run(f"[...{strokes}].map(line => getComputedStyle(line).stroke)")
+    assert len(set(colours)) == 2, colours
+    tip = """(() => {
+      const plot = document.querySelector('.plot'), box = plot.getBoundingClientRect();
+      const at = x => { plot.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + x * box.width}));
+                        return plot.querySelector('.tip').textContent; };
+      return [at(0.1), at(0.95)];
+    })()"""
+    first, last = browser.run(tip)
+    assert "small" in first
+    assert "large" in first
+    assert "large" in last
+    assert "small" not in last  # it had no such step
 
 
 @pytest.fixture(scope="module")

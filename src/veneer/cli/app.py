@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from veneer.cli.arithmetic import combine, convert, extract, resize
 from veneer.cli.chat import chat
 from veneer.cli.check import check
+from veneer.cli.compare import compare
 from veneer.cli.errors import DebugFlag, friendly_errors
 from veneer.cli.evaluate import evaluate
 from veneer.cli.export import export
@@ -74,6 +75,7 @@ for command in (
     quickstart,
     plan,
     train,
+    compare,
     chat,
     generate,
     predict,

@@ -40,7 +40,7 @@ def run_and_show(recipe: Recipe, console: Console, example_rows: int = 0) -> Run
     out = Path(result.out)
     write_report(result, out / "report.html", recorder.layers)
     write_card(result, Path(result.adapter_dir) / "README.md")
-    example = copy_rows(locate(recipe.data.train, "train"), short(out), example_rows) if example_rows else None
+    example = copy_rows(locate(recipe.data.names[0], "train"), short(out), example_rows) if example_rows else None
     show_samples(console, result.samples)
     show_metrics(console, result.before, result.after)
     show_files(console, short(out))

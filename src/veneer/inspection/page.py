@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from ..train.charts import Series, line_chart, sparkline
-from ..train.report import flatten, human_count
+from ..train.charts import Series, line_chart
+from ..train.report import flatten, page_environment
 from ..version import __version__
 from .grid import grid_of
 
@@ -23,20 +23,6 @@ ERRORS = (0.01, 0.05, 0.1, 0.2, 0.5)
 """Errors for which the page says how far the rank can be cut."""
 
 DIGITS = {"rank": "%.1f", "used": "%.0f"}
-
-
-def _environment() -> Any:
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-
-    made = Environment(
-        loader=ChoiceLoader([PackageLoader("veneer.inspection"), PackageLoader("veneer.train")]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters.update(spark=sparkline, count=human_count, known=lambda v: v is not None and math.isfinite(v))
-    return made
 
 
 def render_inspection(
@@ -56,7 +42,7 @@ def render_inspection(
         _map("norm of A", [x for x in layers if x.a_norm is not None], "a_norm", "%.3g"),
         _map("norm of B", [x for x in layers if x.b_norm is not None], "b_norm", "%.3g"),
     ]
-    return _environment().get_template("inspect.html.j2").render(
+    return page_environment().get_template("inspect.html.j2").render(
         title=title,
         version=__version__,
         layers=layers,
@@ -107,7 +93,7 @@ def render_diff(title_a: str, title_b: str, found: Comparison, notes: Sequence[s
         _map("overlap of input spaces", found.layers, "overlap_in", "%.3f"),
         _map("distance", found.layers, "distance", "%.3f"),
     ]
-    return _environment().get_template("diff.html.j2").render(
+    return page_environment().get_template("diff.html.j2").render(
         a=title_a, b=title_b, found=found, version=__version__, notes=notes, maps=[m for m in maps if m is not None]
     )  # fmt: skip
 

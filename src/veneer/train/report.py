@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from veneer.train.recipe import Recipe
     from veneer.train.result import RunResult
 
-__all__ = ["MetricRow", "Segment", "differences", "metric_rows", "render_report", "write_report"]
+__all__ = ["MetricRow", "Segment", "differences", "metric_rows", "page_environment", "render_report", "write_report"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def is_share(name: str, *values: float) -> bool:
     """Whether a metric is a fraction of a whole, to be shown in per cent."""
     if re.search(r"margin|reward", name) and "accuracy" not in name:
         return False
-    return not lower_is_better(name) and all(0 <= v <= 1 for v in values) and not is_count(name)
+    rounding = 1e-9
+    return not lower_is_better(name) and all(0 <= v <= 1 + rounding for v in values) and not is_count(name)
 
 
 def is_count(name: str) -> bool:
@@ -193,17 +194,26 @@ def _heat_map(layers: Sequence[LayerDelta]) -> dict[str, Any] | None:
     return {"modules": modules, "rows": rows, "top_norm": top_norm, "top_rank": top_rank}
 
 
-def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as (dotted key, text) pairs; unset ones are left out."""
-    rows: list[tuple[str, str]] = []
+def leaves(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested settings as (dotted key, value) pairs; unset ones are left out."""
+    rows: list[tuple[str, Any]] = []
     for key, item in value.items():
         if isinstance(item, Mapping):
-            rows += flatten(item, f"{prefix}{key}.")
+            rows += leaves(item, f"{prefix}{key}.")
         elif item is not None:
-            text = ", ".join(map(str, item)) if isinstance(item, list) else str(item)
-            text = text.lower() if isinstance(item, bool) else text
-            rows.append((prefix + key, text))
+            rows.append((prefix + key, item))
     return rows
+
+
+def setting_text(value: Any) -> str:
+    """A setting as it reads in a table."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.lower() if isinstance(value, bool) else text
+
+
+def flatten(value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Nested settings as (dotted key, text) pairs; unset ones are left out."""
+    return [(key, setting_text(item)) for key, item in leaves(value)]
 
 
 def _samples(result: RunResult) -> list[dict[str, Any]]:
@@ -226,35 +236,58 @@ def _samples(result: RunResult) -> list[dict[str, Any]]:
     return rows
 
 
-def render_report(result: RunResult, layers: Sequence[LayerDelta] = ()) -> str:
-    """The page as text. ``layers`` comes from :func:`veneer.inspection.inspect_adapter`; it may be empty."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def _answers_over_time(history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """For each sampled row the answers that evaluation got during training, the earliest first."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in history:
+        for sample in line.get("samples", ()):
+            wanted = pretty_json(sample["expected"])
+            parts = differences(wanted, pretty_json(sample["answer"]))
+            answer = {"step": line["step"], "ok": sample["ok"], "parts": parts}
+            rows.setdefault((sample["prompt"], wanted), []).append(answer)
+    return [{"prompt": prompt, "expected": wanted, "answers": found} for (prompt, wanted), found in rows.items()]
 
-    environment = Environment(
-        loader=PackageLoader("veneer.train", "templates"),
+
+def page_environment() -> Any:
+    """jinja2 with the templates of every page, and the filters that they use."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    made = Environment(
+        loader=ChoiceLoader([PackageLoader("veneer.train"), PackageLoader("veneer.inspection")]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(seconds=human_seconds, count=human_count, spark=sparkline)
+    known = lambda value: value is not None and math.isfinite(value)
+    made.filters.update(seconds=human_seconds, count=human_count, spark=sparkline, known=known)
+    return made
+
+
+def render_report(result: RunResult, layers: Sequence[LayerDelta] = ()) -> str:
+    """The page as text. ``layers`` comes from :func:`veneer.inspection.inspect_adapter`; it may be empty."""
     metrics = metric_rows(result.before, result.after)
     peak = max((m for _, m in column(result.history, "peak_memory_mb")), default=None)
-    return environment.get_template("report.html.j2").render(
-        title=title_of(result.recipe),
-        result=result,
-        version=__version__,
-        metrics=metrics,
-        folder=Path(result.out).name,
-        headlines=sorted(metrics, key=lambda row: row.share is None)[:2],
-        speed=result.train_tokens / result.train_seconds if result.train_seconds > 0 else 0.0,
-        peak_memory=peak,
-        charts=_charts(result.history),
-        samples=_samples(result),
-        settings=flatten(result.recipe.model_dump(mode="json")),
-        machine=flatten(result.machine),
-        layers=layers,
-        heat=_heat_map(layers),
+    return (
+        page_environment()
+        .get_template("report.html.j2")
+        .render(
+            title=title_of(result.recipe),
+            result=result,
+            version=__version__,
+            metrics=metrics,
+            folder=Path(result.out).name,
+            headlines=sorted(metrics, key=lambda row: row.share is None)[:2],
+            speed=result.train_tokens / result.train_seconds if result.train_seconds > 0 else 0.0,
+            peak_memory=peak,
+            charts=_charts(result.history),
+            samples=_samples(result),
+            over_time=_answers_over_time(result.history),
+            settings=flatten(result.recipe.model_dump(mode="json")),
+            machine=flatten(result.machine),
+            layers=layers,
+            heat=_heat_map(layers),
+        )
     )
 
 

@@ -19,13 +19,14 @@ for (const plot of document.querySelectorAll(".plot")) {
     const at = ((event.clientX - box.left) / box.width) * frame.width;
     const span = frame.width - frame.left - frame.right;
     const x = frame.x0 + ((at - frame.left) / span) * (frame.x1 - frame.x0);
-    const step = nearest(frame.series[0].points, x)[0];
+    const step = nearest(frame.series.flatMap((s) => s.points), x)[0];
+    const there = frame.series.filter((s) => s.points[0][0] <= step && step <= s.points.at(-1)[0]);
     const line = frame.left + ((step - frame.x0) / (frame.x1 - frame.x0)) * span;
     cursor.setAttribute("x1", line);
     cursor.setAttribute("x2", line);
     cursor.style.visibility = "visible";
     tip.hidden = false;
-    tip.textContent = `${frame.x} ${step}\n` + frame.series.map((s) => `${s.name} ${nearest(s.points, step)[1]}${frame.unit}`).join("\n");
+    tip.textContent = `${frame.x} ${step}\n` + there.map((s) => `${s.name} ${nearest(s.points, step)[1]}${frame.unit}`).join("\n");
     const left = (line / frame.width) * box.width;
     tip.style.left = left > box.width / 2 ? `${left - tip.offsetWidth - 12}px` : `${left + 12}px`;
   });
