@@ -145,10 +145,10 @@ def test_data_near_misses(good: str, recipe_file: Write, tmp_path: Path, chats: 
     error = problem(recipe_file(good), data__train=str(tmp_path / "chat.jsonl"))
     assert error.near == str(chats)
     assert problem(recipe_file(good), data__train="order").near == "orders"
-    folder = problem(recipe_file(good), data__train=str(tmp_path))
-    assert "is a folder" in folder.problem
-    (tmp_path / "rows.txt").write_text("hello")
-    assert "format" in problem(recipe_file(good), data__train=str(tmp_path / "rows.txt")).problem
+    (tmp_path / "empty").mkdir()
+    assert "a folder without data files" in problem(recipe_file(good), data__train=str(tmp_path / "empty")).problem
+    (tmp_path / "rows.doc").write_text("hello")
+    assert "format" in problem(recipe_file(good), data__train=str(tmp_path / "rows.doc")).problem
 
 
 def test_no_known_columns(good: str, recipe_file: Write, tmp_path: Path) -> None:

@@ -266,13 +266,14 @@ def command(recipe: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lora", "adalora"])
+@pytest.mark.parametrize("name", ["lora", "adalora", "stream"])
 def test_kill_9_at_any_moment(causal: Callable[..., Recipe], tmp_path: Path, name: str) -> None:
     """The real command, killed by SIGKILL at five random moments; what is left is exact all the same."""
     adapter = {**METHODS["adalora"], "total_step": 30} if name == "adalora" else {**SMALL, "lora_dropout": 0.2}
     train = {**TRAIN, "max_steps": 30, "save_steps": 1}
     file = tmp_path / "recipe.yaml"
-    file.write_text(causal(adapter=adapter, train=train, eval__generate=False, eval__limit=4).dump())
+    rows: Flags = {"data__streaming": True, "data__shuffle_buffer": 10} if name == "stream" else {}
+    file.write_text(causal(adapter=adapter, train=train, eval__generate=False, eval__limit=4, **rows).dump())
     began = time.monotonic()
     subprocess.run(command(file, "--out", "whole"), cwd=tmp_path, check=True, capture_output=True)
     length = time.monotonic() - began

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.files import sha256, write_json
+from veneer.files import write_json
 from veneer.train.result import whole_folder
 
 if TYPE_CHECKING:
@@ -141,11 +141,12 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
     import transformers
 
     from veneer.train.bases import resolve_base
-    from veneer.train.data import locate, split_source
+    from veneer.train.sources import parts_of
     from veneer.version import __version__
 
-    names = {split: split_source(recipe.data, split) for split in ("train", "test", "validation")}
-    data = {split: sha256(locate(name, split)) for split, name in names.items() if name is not None}
+    splits = {split: parts_of(recipe.data, split) for split in ("train", "test", "validation")}
+    exact = not recipe.data.streaming  # what is larger than memory takes too long to hash
+    data = {split: [part.fingerprint(exact) for part in parts] for split, parts in splits.items() if parts}
     path = resolve_base(recipe.base).path
     files = [] if path is None else [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
     return {

@@ -70,8 +70,8 @@ def _origins(result: RunResult) -> list[tuple[str, str]]:
     """The base and the data files, so that they can be told from others: file, size and SHA-256."""
     from veneer.base_mark import read_mark
     from veneer.files import SAFE_NAME, sha256
-    from veneer.train.data import locate
     from veneer.train.errors import DataError
+    from veneer.train.sources import find_files
 
     rows = []
     tensors = Path(result.adapter_dir) / SAFE_NAME
@@ -82,13 +82,13 @@ def _origins(result: RunResult) -> list[tuple[str, str]]:
             (f"base {result.recipe.base.name}{revision}", f"{mark['hash']} (of {len(mark['weights'])} weights)")
         )
     data = result.recipe.data
-    for what, name in (("training data", data.train), ("test data", data.test)):
+    named = [("training data", "train", name) for name in data.names]
+    for what, split, name in [*named, *([("test data", "test", data.test)] if data.test else [])]:
         try:
-            path = None if name is None else locate(name, what)
+            files = find_files(name, split)
         except DataError:
-            path = None  # it has moved since
-        if path is not None and path.is_file():
-            rows.append((f"{what} {path.name}, {path.stat().st_size} bytes", f"sha256 {sha256(path)}"))
+            files = ()  # it has moved since, or is on the hub
+        rows += [(f"{what} {path.name}, {path.stat().st_size} bytes", f"sha256 {sha256(path)}") for path in files]
     return rows
 
 
@@ -103,7 +103,7 @@ def render_card(result: RunResult) -> str:
         _front_matter(recipe),
         f"# {recipe.base.name.rstrip('/').rsplit('/', 1)[-1]}: {recipe.adapter.method} adapter\n",
         f"A {recipe.adapter.method} adapter for {_cell(recipe.base.name)} ({recipe.task}), trained on "
-        f"{_cell(recipe.data.train)} with veneer {__version__}: {human_count(result.trainable_params)} "
+        f"{_cell(', '.join(recipe.data.names))} with veneer {__version__}: {human_count(result.trainable_params)} "
         f"trained parameters, {share:.2f} % of the whole; {human_count(result.train_tokens)} tokens in "
         f"{human_seconds(result.train_seconds)}.\n",
         "## Use\n",

@@ -57,9 +57,10 @@ def _or(words: Sequence[str]) -> str:
 
 
 def _check_train(recipe: Recipe) -> None:
+    from veneer.train.memory import MemoryOptions
     from veneer.train.optimizer import OptimizerOptions, optimizer_options
 
-    taken = (fields.training_arguments_class(), OptimizerOptions)
+    taken = (fields.training_arguments_class(), OptimizerOptions, MemoryOptions)
     fields.check_options(taken, recipe.train, "train", recipe._source, owned=fields.OWNED_TRAIN)
     try:
         chosen = optimizer_options(recipe.train).optimizer
@@ -84,11 +85,32 @@ def _check_data(recipe: Recipe) -> None:
         except DataError as error:
             error.key = error.key or f"data.{name}"
             if error.file is None:
-                place = recipe.error(*error.key.split("."), problem="")
+                path = [int(part) if part.isdecimal() else part for part in error.key.split(".")]
+                place = recipe.error(*path, problem="")
                 error.file, error.line = place.file, place.line
             raise
+    if recipe.data.streaming:
+        _check_streaming(recipe)
     if recipe.data.test and recipe.data.split:
         raise recipe.error("data", "split", problem="given beside `data.test`", hint="Keep one of the two.")
+
+
+def _check_streaming(recipe: Recipe) -> None:
+    """What needs to know all rows before the first step."""
+    steps, workers = recipe.train.get("max_steps"), recipe.train.get("dataloader_num_workers", 0)
+    if not isinstance(steps, int) or steps < 1:
+        hint = "Say how long to train, for example `train: {max_steps: 1000}`."
+        raise recipe.error("train", "max_steps", problem="a stream of rows has no end, and this is missing", hint=hint)
+    if recipe.data.split is not None:
+        hint = "Give the test rows as a file, with `data.test`."
+        raise recipe.error("data", "split", problem="rows that are streamed cannot be split", hint=hint)
+    if isinstance(workers, int) and workers > 1:
+        hint = "Set it to 1, which reads ahead while the model trains, or leave it out."
+        raise recipe.error("train", "dataloader_num_workers", problem="a stream is read by one process", hint=hint)
+    if recipe.options.get("class_weights") == "balanced":
+        hint = "Give the weights by label, or leave out `data.streaming`."
+        problem = "`balanced` counts all rows, and these are streamed"
+        raise recipe.error("options", "class_weights", problem=problem, hint=hint)
 
 
 def _check_base(recipe: Recipe) -> None:

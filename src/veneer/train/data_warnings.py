@@ -26,7 +26,8 @@ def _texts(table: Table) -> list[str]:
 
 
 def _place(table: Table, row: int) -> str:
-    return f"row {row + 1}" if table.lines is None else f"{table.path.name}:{table.lines[row]}"
+    place = table.places[row]
+    return str(place) if place.line is not None or place.file != table.path else f"row {place.row + 1}"
 
 
 def _rows(number: int) -> str:
@@ -37,6 +38,7 @@ def _repeated(train: Table, test: Table | None) -> list[str]:
     """Duplicates within the training rows, and test rows that are among them."""
     first: dict[str, int] = {}
     again = [(row, first[text]) for row, text in enumerate(_texts(train)) if first.setdefault(text, row) != row]
+    again = [(row, same) for row, same in again if train.places[row] != train.places[same]]  # drawn again by weight
     out = []
     if again:
         (row, same), number = again[0], len(again)

@@ -97,7 +97,7 @@ def batches_of(parts: Parts, seed: int) -> list[list[int]]:
     args, lengths = parts.args, list(parts.plan.train["length"])
     size = args.train_batch_size
     order: list[int] = list(range(len(lengths)))
-    if args.train_sampling_strategy == "group_by_length":
+    if args.train_sampling_strategy == "group_by_length" and parts.plan.stream is None:
         order = list(LengthBatches(lengths, size * args.gradient_accumulation_steps, seed))
     return [[lengths[row] for row in order[first : first + size]] for first in range(0, len(order), size)]
 
@@ -140,6 +140,7 @@ def estimate(recipe: Recipe, parts: Parts, model: Any, kernels: Any, speed: Spee
         middle = most if usual == largest else count(model, parts.task.meta_loss(model, *usual, labelled))
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
+    kept = gradients if not recipe.train.get("optimizer_in_backward") else max(p.nbytes for p in trained)
     name = str(recipe.train.get("optimizer") or getattr(args.optim, "value", args.optim))
     state = next((size for start, size in STATES.items() if name.startswith(start)), 8)
     speed = speed or machine_speed(device, next(model.parameters()).dtype)
@@ -147,7 +148,7 @@ def estimate(recipe: Recipe, parts: Parts, model: Any, kernels: Any, speed: Spee
     a_batch = middle.flops / speed.flops + middle.moved / speed.bytes
     return Estimate(
         weights=sum(t.numel() * t.element_size() for t in tensors),
-        states=gradients + state * sum(p.numel() for p in trained),
+        states=kept + state * sum(p.numel() for p in trained),
         step=max(0, round((HEAP if device.type == "cpu" else 1.0) * (most.peak - gradients))),
         disk=gradients,
         largest=largest,

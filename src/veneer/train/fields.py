@@ -128,6 +128,7 @@ def describe_type(hint: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     parts = []
     for item in _members(hint):
+        item = typing.get_args(item)[0] if typing.get_origin(item) is typing.Annotated else item
         origin = typing.get_origin(item)
         if item in words:
             parts.append(words[item])

@@ -71,6 +71,7 @@ def _train(
     import transformers
 
     from veneer.prepare import prepare_model_for_kbit_training
+    from veneer.train.loggers import reporting
 
     task, plan, args = parts.task, parts.plan, parts.args
     transformers.set_seed(recipe.seed)
@@ -89,17 +90,20 @@ def _train(
     model, collate = _adapt(recipe, parts, model, tokenizer, console)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    _say(console, f"Training {trainable:,} of {total:,} parameters on {len(plan.train)} rows.")
+    what = f"{len(plan.train)} rows" if plan.stream is None else "a stream of rows"
+    _say(console, f"Training {trainable:,} of {total:,} parameters on {what}.")
     trainer = _trainer(recipe, parts, model, tokenizer, collate, callbacks)
-    seconds = _run(recipe, parts, trainer, now, console)
-    after = _measure(recipe, parts, model, tokenizer, console, "the tuned model")
+    with reporting(trainer, now.folder, before.metrics) as report:
+        seconds = _run(recipe, parts, trainer, now, console)
+        after = _measure(recipe, parts, model, tokenizer, console, "the tuned model")
+        report(after.metrics)
     _save_adapter(recipe, model, tokenizer, plan, now.folder)
     out = Path(recipe.out).absolute()
     return RunResult(
         out=str(out),
         task=recipe.task,
         recipe=recipe,
-        history=[row for row in trainer.state.log_history if "loss" in row or "eval_loss" in row],
+        history=[row for row in trainer.state.log_history if row.keys() & {"loss", "eval_loss", "samples"}],
         before=before.metrics,
         after=after.metrics,
         samples=_samples(recipe, plan, before, after),
@@ -110,7 +114,7 @@ def _train(
         adapter_dir=str(out / "adapter"),
         merged_dir=str(out / "merged") if _merge(recipe, model, tokenizer, now.folder, parts, console) else None,
         machine=describe_machine(args.device),
-        notes=parts.notes,
+        notes=[*parts.notes, *([] if plan.stream is None else plan.stream.describe())],
     )
 
 
@@ -172,16 +176,19 @@ def _measure(recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, console: 
 def _trainer(
     recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, collate: Any, callbacks: Sequence[TrainerCallback]
 ) -> TaskTrainer:
+    from veneer.train.memory import memory_options
     from veneer.train.optimizer import optimizer_options
     from veneer.train.trainer import TaskTrainer
 
     return TaskTrainer(
         task=parts.task,
-        measure=lambda: parts.task.evaluate(model, tokenizer, parts.plan, recipe).metrics,
+        measure=lambda: parts.task.evaluate(model, tokenizer, parts.plan, recipe),
+        shown=parts.plan.examples[: recipe.eval.samples],
         optimizer_options=optimizer_options(recipe.train),
+        memory=memory_options(recipe.train),
         model=model,
         args=parts.args,
-        train_dataset=parts.plan.train,
+        train_dataset=parts.plan.train if parts.plan.stream is None else parts.plan.stream,
         eval_dataset=parts.plan.test,
         processing_class=tokenizer,
         data_collator=collate,

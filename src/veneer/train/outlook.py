@@ -67,9 +67,8 @@ def outlook(recipe: Recipe, speed: Speed | None = None) -> Outlook:
         RecipeError: what would stop the run before its first step.
     """
     from veneer.train.checks import check_recipe
-    from veneer.train.data import load_tables
     from veneer.train.data_warnings import data_warnings
-    from veneer.train.prepare import prepare
+    from veneer.train.prepare import prepare, read_rows
     from veneer.train.progress import memory_in_use_mb
 
     check_recipe(recipe)
@@ -80,13 +79,13 @@ def outlook(recipe: Recipe, speed: Speed | None = None) -> Outlook:
         parts.notes.append("The estimate is without checkpointing of activations, which holds less and takes longer.")
     model, kernels = _model(recipe, parts)
     needs = estimate(recipe, parts, model, kernels, speed)
-    tables = load_tables(recipe.data, recipe.task, recipe.seed)
+    _, train, test = read_rows(recipe)
     return Outlook(
         matches=_matches(recipe, model),
         rows=_rows(recipe, parts),
         estimate=needs,
         examples=[_stream(parts, row) for row in _some(len(parts.plan.train))],
-        warnings=data_warnings(recipe, parts, *tables),
+        warnings=data_warnings(recipe, parts, train, test),
         notes=parts.notes,
         base=round(memory_in_use_mb() * 2**20),  # every library is loaded by now
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE, Encoded, Piece, chat_pieces, encode_pieces
 from veneer.train.errors import DataError
@@ -117,9 +119,21 @@ def encode_pairs(table: Table, tokenizer: Any, limit: int) -> tuple[dict[str, li
 
 def encode_side(table: Table, rows: Sequence[dict[str, Any]], side: str, tokenizer: Any) -> list[Encoded]:
     """Tokens and labels of each row's prompt with one of its answers, uncut."""
-    if not are_messages(rows[0][side]) and not are_messages(rows[0].get("prompt")):
-        texts = [[Piece(row.get("prompt") or "", False), Piece(row[side], True)] for row in rows]
-        return encode_pieces(tokenizer, texts, chat=False)
+    if are_messages(rows[0][side]) or are_messages(rows[0].get("prompt")):
+        encode = lambda first, last: _encode_chats(table, rows[first:last], first, side, tokenizer)
+    else:
+        encode = lambda first, last: _encode_texts(rows[first:last], side, tokenizer)
+    return list(itertools.chain.from_iterable(in_batches(len(rows), encode, table.workers)))
+
+
+def _encode_texts(rows: Sequence[dict[str, Any]], side: str, tokenizer: Any) -> list[Encoded]:
+    texts = [[Piece(row.get("prompt") or "", False), Piece(row[side], True)] for row in rows]
+    return encode_pieces(tokenizer, texts, chat=False)
+
+
+def _encode_chats(
+    table: Table, rows: Sequence[dict[str, Any]], before: int, side: str, tokenizer: Any
+) -> list[Encoded]:
     if tokenizer.chat_template is None:
         hint = "Choose a chat model, or give `prompt`, `chosen` and `rejected` as text."
         raise DataError("chat rows, and the model has no chat template", file=table.path, hint=hint)
@@ -129,7 +143,7 @@ def encode_side(table: Table, rows: Sequence[dict[str, Any]], side: str, tokeniz
         try:
             cut = chat_pieces(tokenizer, turns)
         except ValueError as error:
-            raise table.error(number, str(error)) from error
+            raise table.error(before + number, str(error)) from error
         skip = sum(turn["role"] == "assistant" for turn in turns[:start])
         trained = [index for index, piece in enumerate(cut) if piece.trained]
         kept = set(trained[skip:])

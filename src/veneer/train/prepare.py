@@ -11,16 +11,18 @@ from veneer.available import has
 from veneer.backends.loading import QUANTISED
 from veneer.train import fields
 from veneer.train.bases import BaseRef, load_config, load_tokenizer, resolve_base
-from veneer.train.data import load_tables
+from veneer.train.data import Table, load_table, load_tables
 from veneer.train.errors import DataError
 from veneer.train.new_tokens import add_tokens, train_rows
 from veneer.train.recipe import Recipe
+from veneer.train.stream import RowStream, Stream, open_stream
 from veneer.train.tasks import Plan, Task, task_class, task_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import TrainingArguments
 
-__all__ = ["Parts", "adapter_config", "model_options", "prepare"]
+__all__ = ["Parts", "adapter_config", "model_options", "prepare", "read_rows"]
 
 
 @dataclass
@@ -43,7 +45,7 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Parts:
 
     task = task_of(recipe)
     args = training_arguments(recipe, str(checkpoints))
-    train, test = load_tables(recipe.data, recipe.task, recipe.seed)
+    rows, train, test = read_rows(recipe)
     if "logging_steps" not in recipe.train:
         args.logging_steps = log_every(args, len(train))
     ref = resolve_base(recipe.base)
@@ -56,20 +58,36 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Parts:
     if args.eval_strategy != "no" and plan.test is None:
         hint = "Set `data.test`, `data.validation` or `data.split`."
         raise recipe.error("train", "eval_strategy", problem="there are no test rows", hint=hint)
-    _check_vocabulary(plan, config, ref, tokens)
-    notes = list(plan.notes)
+    _check_vocabulary(plan.train, config, ref, tokens)
+    if rows is not None:
+
+        def encode(table: Table) -> Any:
+            made = task.more_rows(plan, recipe, table, tokenizer, config)
+            _check_vocabulary(made, config, ref, tokens)
+            return made
+
+        plan.stream = Stream(rows, encode)
+    notes = [*train.notes, *plan.notes]
     if plan.test is None:
-        notes.append("No test rows: nothing is measured. Set `data.test` or `data.split`.")
+        how = "`data.test` or `data.split`" if rows is None else "`data.test`"
+        notes.append(f"No test rows: nothing is measured. Set {how}.")
     if tokens:
         named = ", ".join(f"{token} ({number})" for token, number in zip(recipe.tokens, tokens, strict=True))
         notes.append(f"New tokens, which start at the mean of the others: {named}.")
     return Parts(ref, task, plan, config, tokenizer, args, notes, tokens)
 
 
-def _check_vocabulary(plan: Plan, config: Any, ref: BaseRef, new: list[int]) -> None:
+def read_rows(recipe: Recipe) -> tuple[RowStream | None, Table, Table | None]:
+    """The stream of training rows, where they are streamed, all of them or the first, and the test rows."""
+    if not recipe.data.streaming:
+        return None, *load_tables(recipe.data, recipe.task, recipe.seed)
+    return *open_stream(recipe), load_table(recipe.data, "test", recipe.task, recipe.seed)
+
+
+def _check_vocabulary(rows: Dataset, config: Any, ref: BaseRef, new: list[int]) -> None:
     size = max([config.get_text_config().vocab_size, *(token + 1 for token in new)])
-    names = [name for name in plan.train.column_names if name.endswith("input_ids")]
-    highest = max(max(row) for name in names for row in plan.train[name])
+    names = [name for name in rows.column_names if name.endswith("input_ids")]
+    highest = max(max(row) for name in names for row in rows[name])
     if highest >= size:
         problem = f"token {highest} is outside the {size} rows of {ref.name}'s embedding"
         raise DataError(problem, hint="The tokenizer and the model do not belong together.")

@@ -35,7 +35,8 @@ class Purpose:
 
 
 #: where rows are and which of them: of the run, not of the adapter
-_OF_THE_RUN = {"train", "test", "validation", "split", "format"}
+_OF_THE_RUN = {"train", "test", "validation", "split", "format", "field", "stopping_strategy", "filter", "shuffle",
+               "limit", "workers", "cache", "streaming", "shuffle_buffer"}  # fmt: skip
 
 
 def purpose_of(recipe: Recipe, plan: Plan) -> Purpose:

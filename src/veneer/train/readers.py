@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from veneer.train.errors import DataError
+from veneer.train.compressed import ending, opened
+from veneer.train.errors import DataError, nearest
 
 __all__ = ["FORMATS", "head", "read_conll", "read_rows", "rows_with_lines"]
 
@@ -25,24 +27,31 @@ FORMATS = {
     ".bio": "conll",
     ".iob": "conll",
     ".iob2": "conll",
+    ".arrow": "arrow",
+    ".txt": "text",
 }
 
 Row = dict[str, Any]
 
 
 def rows_with_lines(
-    path: Path, fmt: str, tokens: int | None = None, labels: int | None = None
+    path: Path, fmt: str, tokens: int | None = None, labels: int | None = None, field: str | None = None
 ) -> Iterator[tuple[int | None, Row]]:
     """The rows of a file one after the other, each with its line (None where a format has no lines).
 
-    ``tokens`` and ``labels`` number the columns of a CoNLL file.
+    ``tokens`` and ``labels`` number the columns of a CoNLL file; ``field`` is where in a JSON file its rows are
+    (`data.train`).
 
     Raises:
         DataError: with the file, the line or row, and the reason.
     """
     if fmt == "conll":
         return read_conll(path, tokens, labels)
-    readers = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet}
+    if fmt == "json":
+        return _read_json(path, field)
+    readers: dict[str, Any] = {
+        "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet, "arrow": _read_arrow, "text": _read_text
+    }  # fmt: skip
     return readers[fmt](path)
 
 
@@ -65,20 +74,22 @@ def read_rows(
     return rows, lines or None
 
 
-def head(path: Path, fmt: str, tokens: int | None = None, labels: int | None = None) -> list[str]:
+def head(
+    path: Path, fmt: str, tokens: int | None = None, labels: int | None = None, field: str | None = None
+) -> list[str]:
     """The column names of a file, from its header or its first row."""
     if fmt == "parquet":
         import pyarrow.parquet
 
         return list(_open_parquet(pyarrow.parquet.read_schema, path).names)
-    for _, row in rows_with_lines(path, fmt, tokens, labels):
+    for _, row in rows_with_lines(path, fmt, tokens, labels, field):
         return list(row)
     raise DataError("holds no rows", file=path, hint="Give a file with at least one row.")
 
 
 def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
     # split at \n alone: str.splitlines also cuts at characters that are legal inside a value
-    with path.open("rb") as stream:
+    with opened(path) as stream:
         for number, raw in enumerate(stream, start=1):
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
@@ -101,18 +112,28 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
         yield number, row
 
 
-def _read_json(path: Path) -> Iterator[tuple[None, Row]]:
+def _read_text(path: Path) -> Iterator[tuple[int, Row]]:
+    """A row for each line that is not blank."""
+    for number, text in _text_lines(path):
+        if text.strip():
+            yield number, {"text": text}
+
+
+def _read_json(path: Path, field: str | None) -> Iterator[tuple[None, Row]]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        with opened(path) as stream:
+            data = json.loads(stream.read().decode("utf-8-sig"))
     except json.JSONDecodeError as error:
         hint = "One object a line is JSONL: set `data.format: jsonl`." if error.msg == "Extra data" else None
         raise DataError(f"not valid JSON: {error.msg}", file=path, line=error.lineno, hint=hint) from None
     except UnicodeDecodeError as error:
         raise DataError(f"is not UTF-8 text: {error.reason}", file=path) from None
-    if isinstance(data, dict):
+    if field is not None:
+        data = _at(data, field, path)
+    elif isinstance(data, dict):
         lists = [value for value in data.values() if isinstance(value, list)]
         if len(lists) != 1:
-            hint = "Write a list of objects, or an object with one list in it."
+            hint = "Write a list of objects, or an object with one list in it, or say which it is with `data.field`."
             raise DataError(f"expected one list of rows, found {len(lists)}", file=path, hint=hint)
         data = lists[0]
     if not isinstance(data, list):
@@ -123,9 +144,21 @@ def _read_json(path: Path) -> Iterator[tuple[None, Row]]:
         yield None, row
 
 
+def _at(data: Any, field: str, path: Path) -> Any:
+    """The value at a dotted path of keys."""
+    for name in field.split("."):
+        if not isinstance(data, dict) or name not in data:
+            have = list(data) if isinstance(data, dict) else []
+            hint = f"The keys there are {', '.join(have)}." if have else None
+            problem = f"nothing at {field!r} (no {name!r})"
+            raise DataError(problem, file=path, key="data.field", near=nearest(name, have), hint=hint)
+        data = data[name]
+    return data
+
+
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as stream:
+    delimiter = "\t" if ending(path) == ".tsv" else ","
+    with opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         names: list[str] | None = None
         start = 1
@@ -167,6 +200,25 @@ def _read_parquet(path: Path) -> Iterator[tuple[None, Row]]:
     for batch in _open_parquet(pyarrow.parquet.ParquetFile, path).iter_batches():
         for row in batch.to_pylist():
             yield None, row
+
+
+def _read_arrow(path: Path) -> Iterator[tuple[None, Row]]:
+    """Both of Arrow's layouts: the stream, which `datasets` writes, and the file."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as source:
+        try:
+            try:
+                reader = pyarrow.ipc.open_file(source)
+                parts: Any = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            except pyarrow.ArrowInvalid:
+                source.seek(0)
+                parts = pyarrow.ipc.open_stream(source)
+            for batch in parts:
+                for row in batch.to_pylist():
+                    yield None, row
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"not an Arrow file: {str(error).splitlines()[0]}", file=path) from None
 
 
 def read_conll(path: Path, tokens: int | None = None, labels: int | None = None) -> Iterator[tuple[int, Row]]:

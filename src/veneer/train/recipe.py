@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from veneer.train import fields
+from veneer.train.data_spec import DataSpec, Section
 from veneer.train.errors import RecipeError, nearest
 from veneer.train.yaml_source import SHORT, Source, apply_override, merge_flags, read_yaml
 
@@ -28,11 +29,7 @@ __all__ = [
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, validate_default=True)
-
-
-class BaseSpec(_Section):
+class BaseSpec(Section):
     """The base model: a bundled name, a local folder, a .gguf file or a hub id.
 
     ``quantize``: hold its linear layers in 4 or 8 bits while it trains (backends/loading.py). ``kernels``: do its
@@ -50,31 +47,7 @@ class BaseSpec(_Section):
     matmul: Literal["float", "int8"] = "float"
 
 
-class DataSpec(_Section):
-    """Where the rows are and which columns to read.
-
-    ``columns`` names the column of anything the task reads (`columns: {source: en, target: de}`).
-    ``tokens`` and ``labels`` are column names, or column numbers from 0 (-1 is the last) in a CoNLL file.
-    ``split`` is the share of the training rows held out as the test set where no test file is given.
-    """
-
-    train: str
-    test: str | None = None
-    validation: str | None = None
-    format: Literal["jsonl", "json", "csv", "parquet", "conll"] | None = None
-    text: str | None = None
-    messages: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    tokens: str | int | None = None
-    labels: str | int | None = None
-    columns: dict[str, str] = Field(default_factory=dict)
-    max_length: int = Field(default=1024, ge=2)
-    split: float | None = Field(default=None, gt=0.0, lt=1.0)
-    label_all_subwords: bool = False
-
-
-class AdapterSpec(_Section):
+class AdapterSpec(Section):
     """The method by name, and any field of its config class beside it."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -87,7 +60,7 @@ class AdapterSpec(_Section):
         return dict(self.model_extra or {})
 
 
-class EvalSpec(_Section):
+class EvalSpec(Section):
     """What is measured on the test rows before and after training."""
 
     generate: bool = True
@@ -98,7 +71,7 @@ class EvalSpec(_Section):
     samples: int = Field(default=8, ge=0)
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One training run. ``out`` is a folder; it is written whole or not at all.
 
     ``options`` are the task's own: the fields of its Options class. ``tokens`` are added to the vocabulary and their
@@ -131,7 +104,7 @@ class Recipe(_Section):
         }
         return {**data, **short, **empty}
 
-    def error(self, *path: str, problem: str, **more: Any) -> RecipeError:
+    def error(self, *path: str | int, problem: str, **more: Any) -> RecipeError:
         """A RecipeError about one of this recipe's values, with its file and line."""
         return self._source.error(path, problem, **more)
 
@@ -200,7 +173,10 @@ def _first_problem(error: pydantic.ValidationError, source: Source) -> RecipeErr
         found = f"{first['input']!r} ({type(first['input']).__name__})"
         expected = fields.describe_type(field.annotation)
         return source.error(path, f"wrong type: expected {expected}, found {found}")
-    message = first["msg"][0].lower() + first["msg"][1:]
+    if kind in {"model_type", "model_attributes_type"}:
+        return source.error(path, f"expected keys and values, found {first['input']!r}")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return source.error(path, f"{message}, found {first['input']!r}")
 
 
@@ -209,18 +185,34 @@ def _key_path(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
     path: list[str | int] = []
     for part in loc:
         parent = _section_class(tuple(path))
-        if path and parent is None and part in {"str", "int"}:
+        if path and parent is None and part in {"str", "int", "float", "bool"}:
             break
+        if part in {"path", "sources"} and path and path[-1] == "train":
+            continue  # which of two forms, not a key
         path.append(part)
     return tuple(path)
 
 
 def _section_class(path: tuple[str | int, ...]) -> type[BaseModel] | None:
-    if not path:
-        return Recipe
-    field = Recipe.model_fields.get(str(path[0])) if len(path) == 1 else None
-    kind = field.annotation if field else None
+    """The section at a path: through the fields of sections, the places of lists and the keys of mappings."""
+    kind: Any = Recipe
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            kind = None if field is None else field.annotation
+        else:
+            kind = next((item for item in _items(kind) if isinstance(part, int) == (item[0] is list)), (None, None))[1]
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _items(annotation: Any) -> list[tuple[type, Any]]:
+    """(list or dict, what it holds) of the lists and mappings in an annotation."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return [found for item in inner for found in _items(item)]
+    if origin is typing.Annotated:
+        return _items(inner[0])
+    return [(origin, inner[-1])] if origin in (list, dict) else []
 
 
 def _literals(annotation: Any) -> tuple[str, ...]:

@@ -39,14 +39,15 @@ class RunResult:
     """A finished run.
 
     ``history`` has one dict a log line: step, loss, learning_rate, tokens_per_second, peak_memory_mb
-    (2**20 bytes) and eta (seconds). ``before`` and ``after`` are the test scores without and with the
-    adapter, empty where there are no test rows. Folders are absolute; ``merged_dir`` may be None.
+    (2**20 bytes) and eta (seconds); or what evaluation found: eval_loss and other scores; or the answers that it got:
+    samples, a list of prompt, expected, answer and ok. ``before`` and ``after`` are the test scores without and with
+    the adapter, empty where there are no test rows. Folders are absolute; ``merged_dir`` may be None.
     """
 
     out: str
     task: str
     recipe: Recipe
-    history: list[dict[str, float]]
+    history: list[dict[str, Any]]
     before: dict[str, float]
     after: dict[str, float]
     samples: list[Sample]

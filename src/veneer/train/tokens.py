@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from veneer.train.batched import in_batches
+
 if TYPE_CHECKING:
     from veneer.train.data import Table
 
 __all__ = ["encode_texts"]
-
-BATCH = 1000
 
 
 def encode_texts(
@@ -23,8 +23,9 @@ def encode_texts(
     present = [role for role in roles if role in table.layout.columns]
     columns: dict[str, list[Any]] = {"input_ids": [], "length": []}
     cut: list[bool] = []
-    for first in range(0, len(table), BATCH):
-        batch = table.dataset[first : first + BATCH]
+
+    def encode(first: int, last: int) -> tuple[list[list[int]], list[list[int]] | None, list[bool]]:
+        batch = table.dataset[first:last]
         out = tokenizer(
             *(batch[role] for role in present),
             truncation=True,
@@ -32,9 +33,13 @@ def encode_texts(
             return_attention_mask=False,
             verbose=False,
         )
-        cut += [bool(encoding.overflowing) for encoding in out.encodings]
-        columns["input_ids"] += out["input_ids"]
-        columns["length"] += [len(row) for row in out["input_ids"]]
-        if "token_type_ids" in out and len(present) > 1:
-            columns.setdefault("token_type_ids", []).extend(out["token_type_ids"])
+        types = out["token_type_ids"] if "token_type_ids" in out and len(present) > 1 else None
+        return out["input_ids"], types, [bool(encoding.overflowing) for encoding in out.encodings]
+
+    for ids, types, over in in_batches(len(table), encode, table.workers):
+        cut += over
+        columns["input_ids"] += ids
+        columns["length"] += [len(row) for row in ids]
+        if types is not None:
+            columns.setdefault("token_type_ids", []).extend(types)
     return columns, cut

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,17 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from veneer import schedule
+from veneer.files import write_json
 from veneer.model import PeftModel
 from veneer.train.checkpoints import WRITE_ERRORS, Changes, Progress, cannot_write, seal
+from veneer.train.loggers import check_loggers
+from veneer.train.memory import MemoryOptions, check_memory, offloaded, step_in_backward, without_memory
 from veneer.train.optimizer import OptimizerOptions, make_optimizer, without_optimizer
 from veneer.train.recipe import Recipe
 from veneer.train.result import peak_memory_mb
 from veneer.train.sampler import LengthBatches
-from veneer.train.tasks import Task, task_class
+from veneer.train.stream import FILE, Mark, Stream
+from veneer.train.tasks import Outcome, Task, task_class
 
 __all__ = ["TaskTrainer", "training_arguments"]
 
@@ -49,8 +54,10 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
     Raises:
         RecipeError: values that TrainingArguments refuses.
     """
-    options = {**DEFAULTS, **task_class(recipe.task).train_defaults, **without_optimizer(recipe.train)}
+    check_loggers(recipe)
+    options = {**DEFAULTS, **task_class(recipe.task).train_defaults, **without_optimizer(without_memory(recipe.train))}
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available() and not options.get("use_cpu", False))
+    options.setdefault("run_name", Path(recipe.out).name)
     owned: dict[str, Any] = {
         "output_dir": folder,
         "seed": recipe.seed,
@@ -58,11 +65,13 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
         "label_names": list(task_class(recipe.task).label_columns),
     }
     try:
-        return TrainingArguments(**options, **owned)
+        args = TrainingArguments(**options, **owned)
     except (ValueError, TypeError, ImportError) as error:
         named = next((key for key in recipe.train if key in str(error)), None)
         path = ("train",) if named is None else ("train", named)
         raise recipe.error(*path, problem=str(error)) from error
+    check_memory(recipe, args)
+    return args
 
 
 def log_every(args: TrainingArguments, rows: int) -> int:
@@ -96,7 +105,8 @@ class _Resumed(TrainerCallback):
 class TaskTrainer(Trainer):
     """Trainer that asks the task for its loss and logs tokens per second, peak memory and the time left.
 
-    ``measure`` scores the model as it is; its numbers join the loss wherever Trainer evaluates.
+    ``measure`` scores the model as it is; its numbers join the loss wherever Trainer evaluates. Its answers to the
+    rows ``shown`` (prompt, expected) join the log: a line `{step, epoch, samples: [{prompt, expected, answer, ok}]}`.
     """
 
     def __init__(
@@ -104,21 +114,25 @@ class TaskTrainer(Trainer):
         *,
         task: Task,
         optimizer_options: OptimizerOptions | None = None,
-        measure: Callable[[], dict[str, float]] | None = None,
+        memory: MemoryOptions | None = None,
+        measure: Callable[[], Outcome] | None = None,
+        shown: Sequence[tuple[str, str]] = (),
         **more: Any,
     ) -> None:
         super().__init__(**more)
         self.task = task
-        self.measure = measure
+        self.measure, self.shown = measure, shown
         self.add_callback(_Epochs(task, self.data_collator))
         self.add_callback(_Resumed(self))
         self.optimizer_options = optimizer_options or OptimizerOptions()
+        self.memory = memory or MemoryOptions()
         # the task's losses are sums over the whole step's labels, divided by their number
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         #: how a training batch is laid out for the model
         self.batch_form: Callable[[Any], Any] | None = None
         self._tokens: torch.Tensor | int = 0
+        self._stepping: list[Any] = []
         self._marks = (0, 0.0)
         self._began = 0.0
         #: where an earlier attempt had come to
@@ -147,11 +161,12 @@ class TaskTrainer(Trainer):
         items = num_items_in_batch
         if isinstance(items, int):
             items = torch.tensor(items, device=inputs["input_ids"].device)
-        if self.label_smoother is None:
-            loss = self.task.loss(model, inputs, items)
-        else:
-            logits = {"logits": self.task.logits(model, inputs)}
-            loss = self.label_smoother(logits, inputs["labels"], self.task.predicts_next, num_items_in_batch=items)
+        with offloaded(self.memory.activation_offload and model.training):
+            if self.label_smoother is None:
+                loss = self.task.loss(model, inputs, items)
+            else:
+                logits = {"logits": self.task.logits(model, inputs)}
+                loss = self.label_smoother(logits, inputs["labels"], self.task.predicts_next, num_items_in_batch=items)
         if self.args.average_tokens_across_devices and items is not None:
             loss = loss * self.accelerator.num_processes
         if model.training:  # a step is the sum of its batches' losses
@@ -166,9 +181,21 @@ class TaskTrainer(Trainer):
         """Trainer's loop for the loss, and the task's own scores beside it."""
         out = super().evaluation_loop(*args, **kwargs)
         if self.measure is not None and out.metrics is not None:
-            scores = {f"eval_{name}": value for name, value in self.measure().items()}
+            found = self.measure()
+            self._log_answers(found)
+            scores = {f"eval_{name}": value for name, value in found.metrics.items()}
             out.metrics.update({name: value for name, value in scores.items() if name not in out.metrics})
         return out
+
+    def _log_answers(self, found: Outcome) -> None:
+        """Into the history alone: a logger draws numbers."""
+        rows = [
+            {"prompt": prompt, "expected": expected, "answer": answer, "ok": ok}
+            for (prompt, expected), answer, ok in zip(self.shown, found.outputs, found.correct)
+        ]
+        if rows and self.is_in_train:
+            at: Any = {"epoch": self.state.epoch, "step": self.state.global_step}
+            self.state.log_history.append(at | {"samples": rows})
 
     def _penalty(self, model: torch.nn.Module) -> Any:
         """What the adapters' methods themselves add to the loss."""
@@ -180,7 +207,19 @@ class TaskTrainer(Trainer):
         if self.optimizer is None and self.optimizer_options.optimizer is not None:
             inner = self.accelerator.unwrap_model(self.model if model is None else model)
             self.optimizer = make_optimizer(inner, self.args, self.optimizer_options)
-        return super().create_optimizer() if self.optimizer is None else self.optimizer
+        made = super().create_optimizer() if self.optimizer is None else self.optimizer
+        if self.memory.optimizer_in_backward and not self._stepping:
+            self._stepping = step_in_backward(made)
+        return made
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; afterwards parameters no longer step by themselves."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            for handle in self._stepping:
+                handle.remove()
+            self._stepping = []
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -222,6 +261,8 @@ class TaskTrainer(Trainer):
             if self.args.should_save:
                 self.changes.save(self.accelerator.unwrap_model(self.model), folder)
                 self._progress().write(folder)
+                if self.stream is not None:
+                    write_json(str(folder / FILE), self.stream.mark(self._features(self.state.global_step))._asdict())
                 seal(folder)
         except WRITE_ERRORS as error:
             raise cannot_write(folder, error) from error
@@ -244,6 +285,18 @@ class TaskTrainer(Trainer):
             schedule.load(inner.base_model, inner.active_adapter, str(folder / schedule.FILE))
         self.earlier = Progress.read(folder)
         self._tokens = self.earlier.tokens
+        if self.stream is not None:
+            mark = Mark(**json.loads((folder / FILE).read_text(encoding="utf-8")))
+            self.stream.resume(self._features(self.earlier.step), mark)
+
+    @property
+    def stream(self) -> Stream | None:
+        """The training rows, where they are streamed."""
+        return self.train_dataset if isinstance(self.train_dataset, Stream) else None
+
+    def _features(self, steps: int) -> int:
+        """How many rows of tokens so many steps have taken, all processes together."""
+        return steps * self.args.gradient_accumulation_steps * self.args.train_batch_size * self.args.world_size
 
     def _run_epoch(self, **more: Any) -> None:  # type: ignore[override]
         """Trainer's pass over the rows, unless the earlier attempt had come to its end."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from veneer.train.data import Layout, Table
     from veneer.train.meta_loss import Loss
     from veneer.train.recipe import Recipe
+    from veneer.train.stream import Stream
     from veneer.train.use import Loaded
 
 __all__ = ["NoOptions", "Outcome", "Plan", "Task", "predict_logits", "prompt_problem", "text_problem", "token_limit"]
@@ -23,7 +24,7 @@ __all__ = ["NoOptions", "Outcome", "Plan", "Task", "predict_logits", "prompt_pro
 
 @dataclass
 class Plan:
-    """The rows of a run as tokens.
+    """The rows of a run as tokens; where they are streamed, ``train`` are the first of ``stream``.
 
     ``train`` and ``test`` hold `input_ids` (or several columns that end so), `labels` (-100 where nothing is
     learned) and `length` (tokens); ``examples`` the test rows as text, (prompt, expected); ``targets`` what
@@ -33,6 +34,7 @@ class Plan:
     """
 
     train: Dataset
+    stream: Stream | None = None
     test: Dataset | None = None
     label_names: list[str] | None = None
     examples: list[tuple[str, str]] = field(default_factory=list)
@@ -110,7 +112,10 @@ class Task:
         Raises:
             DataError: rows that cannot be trained on, by file and row.
         """
-        plan = self.plan_train(recipe, train, tokenizer, config)
+        from veneer.train.token_cache import kept_plan
+
+        make = lambda: self.plan_train(recipe, train, tokenizer, config)
+        plan = kept_plan(recipe, train, tokenizer, config, make)
         if test is not None:
             limit = recipe.eval.limit
             few = test if limit is None else test.select(range(min(limit, len(test))))
@@ -120,6 +125,10 @@ class Task:
     def plan_train(self, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Plan:
         """Tokens and labels of the training rows, and what they say about the labels. Raises DataError."""
         raise NotImplementedError
+
+    def more_rows(self, plan: Plan, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Dataset:
+        """Tokens and labels of further training rows, read as the plan's were. Raises DataError."""
+        return self.plan_train(recipe, train, tokenizer, config).train
 
     def plan_test(self, plan: Plan, recipe: Recipe, test: Table, tokenizer: Any, config: Any) -> None:
         """Add the test rows to a plan, which may have no training rows. Raises DataError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from veneer.train import text_scores
 from veneer.train.asking import asking_of
+from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.encode import (
     IGNORE,
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from veneer.train.recipe import Recipe
 
 __all__ = ["CausalLM", "CausalLMOptions"]
-
-_BATCH = 1000
 
 
 @dataclass
@@ -130,7 +130,8 @@ class CausalLM(Task):
             return
         device = next(model.parameters()).device
         batch = {name: values.to(device) for name, values in collate([plan.train[0], plan.train[1]]).items()}
-        with shared_prefix(model, batch, max(plan.train["length"])) as form:
+        longest = max(plan.train["length"]) if plan.stream is None else 1 << 30  # of a stream nobody knows
+        with shared_prefix(model, batch, longest) as form:
             yield form
 
     def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
@@ -161,11 +162,11 @@ class CausalLM(Task):
         return Outcome(found | scores, texts, correct)
 
     def _encode(self, table: Table, tokenizer: Any) -> Iterator[Encoded]:
-        for first in range(0, len(table), _BATCH):
-            for row in _encode_batch(table, tokenizer, table.dataset[first : first + _BATCH], first):
-                if self.options.train_on_prompt:
-                    row.labels = [IGNORE, *row.input_ids[1:]]
-                yield row
+        encode = lambda first, last: _encode_batch(table, tokenizer, table.dataset[first:last], first)
+        for row in itertools.chain.from_iterable(in_batches(len(table), encode, table.workers)):
+            if self.options.train_on_prompt:
+                row.labels = [IGNORE, *row.input_ids[1:]]
+            yield row
 
     def _dataset(self, rows: Sequence[Encoded], table: Table, limit: int, whole: bool = False) -> Any:
         """The rows cut to ``limit`` tokens, and packed unless they are to stay ``whole``.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE, framing
 from veneer.train.errors import DataError
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from veneer.train.use import Loaded
 
 __all__ = ["MaskedLM", "MaskedLMOptions"]
-
-_BATCH = 1000
 
 
 @dataclass
@@ -175,11 +174,15 @@ class MaskedLM(Task):
         rows: list[tuple[list[int], list[int], int]] = []
         ids: list[int] = []
         words: list[int] = []
-        for first in range(0, len(table), _BATCH):
-            texts = table.dataset[first : first + _BATCH]["text"]
+
+        def encode(first: int, last: int) -> list[tuple[list[int], Sequence[int | None]]]:
+            texts = table.dataset[first:last]["text"]
             out = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-            for number, row in enumerate(out["input_ids"]):
-                own = out.word_ids(number) if self.options.whole_word else range(len(row))
+            whole = self.options.whole_word
+            return [(row, out.word_ids(n) if whole else range(len(row))) for n, row in enumerate(out["input_ids"])]
+
+        for batch in in_batches(len(table), encode, table.workers):
+            for row, own in batch:
                 if not self.options.join:
                     rows.append((*_framed(row[:room], _plain(own[:room]), before, after), len(row) + limit - room))
                     continue
@@ -209,7 +212,9 @@ def _dataset(table: Table, rows: Sequence[tuple[list[int], list[int], int]], fir
 
     for number, (_, words, _) in enumerate(rows):
         if all(word < 0 for word in words):
-            raise DataError(f"row {number + 1} has no token to mask", file=table.path)
+            if len(rows) == len(table):
+                raise table.error(number, "no token to mask")
+            raise DataError(f"row {number + 1} of joined texts has no token to mask", file=table.path)
     step = 1 if first >= 0 else -1
     return datasets.Dataset.from_dict(
         {

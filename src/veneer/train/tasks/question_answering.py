@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.qa_spans import Span, Window, answer_list, best_span, span_scores, windows_of
 from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_limit
@@ -167,9 +169,9 @@ class QuestionAnswering(Task):
             DataError: a question that leaves no room for the context.
         """
         room = limit - tokenizer.num_special_tokens_to_add(pair=True)
-        windows: list[Window] = []
-        for first in range(0, len(table), _BATCH):
-            batch = table.dataset[first : first + _BATCH]
+
+        def encode(first: int, last: int) -> list[Window]:
+            batch = table.dataset[first:last]
             questions = tokenizer(batch["question"], add_special_tokens=False, verbose=False)["input_ids"]
             for number, ids in enumerate(questions):
                 if room - len(ids) <= self.options.stride:
@@ -179,9 +181,10 @@ class QuestionAnswering(Task):
                         first + number, f"{problem} the context, with a stride of {self.options.stride}", hint
                     )
             cut = windows_of(tokenizer, batch["question"], batch["context"], limit, self.options.stride)
-            moved = [Window(w.row + first, w.input_ids, w.token_type_ids, w.offsets, w.none) for w in cut]
-            windows += moved
-        return windows
+            return [Window(w.row + first, w.input_ids, w.token_type_ids, w.offsets, w.none) for w in cut]
+
+        batches = in_batches(len(table), encode, table.workers, _BATCH)
+        return list(itertools.chain.from_iterable(batches))
 
     def _encode(self, table: Table, tokenizer: Any, limit: int) -> tuple[Any, list[Window], int]:
         answers = _answers(table)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.train import text_scores
+from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE
 from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_limit
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from veneer.train.use import Loaded
 
 __all__ = ["Seq2Seq", "Seq2SeqOptions"]
-
-_BATCH = 1000
 
 
 @dataclass
@@ -152,14 +151,19 @@ class Seq2Seq(Task):
         longest = min(self.options.max_target_length or limit, limit)
         columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
         cut = [0, 0]
-        for first in range(0, len(table), _BATCH):
-            batch = table.dataset[first : first + _BATCH]
+
+        def encode(first: int, last: int) -> tuple[list[list[int]], list[list[int]], list[int]]:
+            batch = table.dataset[first:last]
             source = self.sources(tokenizer, batch["source"], limit)
             target = tokenizer(text_target=batch["target"], truncation=True, max_length=longest, verbose=False)
-            for side, out in enumerate((source, target)):
-                cut[side] += sum(bool(encoding.overflowing) for encoding in out.encodings)
-            columns["input_ids"] += source["input_ids"]
-            columns["labels"] += [_ended(row, tokenizer.eos_token_id, longest) for row in target["input_ids"]]
+            labels = [_ended(row, tokenizer.eos_token_id, longest) for row in target["input_ids"]]
+            over = [sum(bool(encoding.overflowing) for encoding in out.encodings) for out in (source, target)]
+            return source["input_ids"], labels, over
+
+        for ids, labels, over in in_batches(len(table), encode, table.workers):
+            cut = [before + more for before, more in zip(cut, over)]
+            columns["input_ids"] += ids
+            columns["labels"] += labels
         pairs = zip(columns["input_ids"], columns["labels"], strict=True)
         columns["length"] = [len(source) + len(target) for source, target in pairs]
         return datasets.Dataset.from_dict(columns), (cut[0], cut[1])

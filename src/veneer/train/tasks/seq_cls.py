@@ -90,6 +90,16 @@ class SeqCls(Task):
             plan.notes.append(f"{cut} of {len(train)} training rows are cut to {limit} tokens.")
         return plan
 
+    def more_rows(self, plan: Plan, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Any:
+        """Tokens and labels under the plan's label names."""
+        kind, names, limit = (
+            plan.model_options["problem_type"],
+            plan.label_names,
+            token_limit(recipe, tokenizer, config),
+        )
+        weights = self._weights(recipe, [], names) if kind == SINGLE else {}
+        return self._encode(train, kind, names, tokenizer, limit, weights)[0]
+
     def plan_test(self, plan: Plan, recipe: Recipe, test: Table, tokenizer: Any, config: Any) -> None:
         """Tokens and labels of the test rows."""
         limit, kind, names = (

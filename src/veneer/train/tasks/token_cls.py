@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.train import metrics
+from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE
 from veneer.train.entities import spans, tag_words, words_of
@@ -59,6 +61,12 @@ class TokenCls(Task):
         if cut:
             plan.notes.append(f"{cut} of {len(train)} training rows are cut to {limit} tokens.")
         return plan
+
+    def more_rows(self, plan: Plan, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Any:
+        """Tokens and labels under the plan's label names."""
+        assert plan.label_names is not None
+        limit, everywhere = token_limit(recipe, tokenizer, config), recipe.data.label_all_subwords
+        return _encode(train, plan.label_names, tokenizer, limit, everywhere)[0]
 
     def plan_test(self, plan: Plan, recipe: Recipe, test: Table, tokenizer: Any, config: Any) -> None:
         """Tokens and labels of the test rows, and where each word begins."""
@@ -179,20 +187,26 @@ def _encode(
     columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "length": []}
     places: list[list[tuple[int, int]]] = []
     cut = 0
-    for first in range(0, len(table), 1000):
-        batch = table.dataset[first : first + 1000]
+
+    def encode(first: int, last: int) -> list[tuple[list[int], list[int], list[tuple[int, int]], bool]]:
+        batch = table.dataset[first:last]
         out = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=limit)
+        rows = []
         for number, labels in enumerate(batch["labels"]):
             _check_labels(table, first + number, batch["tokens"][number], labels, index)
             numbers = [index[label] for label in labels]
             spread, where = align(out.word_ids(number), numbers, everywhere)
             if not where:
                 raise table.error(first + number, "no word of it becomes a token")
-            cut += out.encodings[number].overflowing != []
-            places.append(where)
-            columns["input_ids"].append(out["input_ids"][number])
-            columns["labels"].append(spread)
-            columns["length"].append(len(spread))
+            rows.append((out["input_ids"][number], spread, where, out.encodings[number].overflowing != []))
+        return rows
+
+    for ids, spread, where, over in itertools.chain.from_iterable(in_batches(len(table), encode, table.workers)):
+        cut += over
+        places.append(where)
+        columns["input_ids"].append(ids)
+        columns["labels"].append(spread)
+        columns["length"].append(len(spread))
     return datasets.Dataset.from_dict(columns), places, cut
 
 

@@ -1,0 +1,122 @@
+"""Which columns of a source a task reads: as the recipe names them, or by their usual names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from veneer.train.errors import DataError, nearest
+from veneer.train.sources import Part, parts_of
+
+if TYPE_CHECKING:
+    from veneer.train.data_spec import DataSpec
+
+__all__ = ["Layout", "check_columns", "choose_layout", "layouts_of"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which columns a table's rows are read from: ``columns`` maps a role (`prompt`) to a column's name."""
+
+    kind: str
+    columns: dict[str, str]
+
+
+def choose_layout(
+    spec: DataSpec, task: str, path: Path, have: Sequence[str], asks: bool = False, only: Sequence[str] | None = None
+) -> Layout:
+    """Which of the columns that a source has the task reads, from the recipe or by their usual names.
+
+    With ``asks`` those it needs to predict: none that holds what is expected. With ``only`` among the task's layouts
+    of these kinds.
+
+    Raises:
+        DataError: a named column is missing, or none of the task's layouts is there.
+    """
+    from veneer.train.tasks import get_task
+
+    kind = get_task(task)
+    layouts = kind.asks if asks else kind.layouts
+    layouts = tuple(layout for layout in layouts if only is None or "+".join(layout) in only)
+    roles = list(dict.fromkeys(role for layout in (*kind.layouts, *layouts) for role in layout))
+    named = _named_columns(spec, roles)
+    if asks:  # columns with what is expected are not needed, and may be missing
+        asked = {role for layout in layouts for role in layout}
+        named = {role: place for role, place in named.items() if role in asked and place[1] in have}
+    for key, column in named.values():
+        if column not in have:
+            hint = f"The columns are {', '.join(have)}."
+            problem = f"no column {column!r} in {path}"
+            raise DataError(problem, key=key, near=nearest(column, have), hint=hint)
+    found = {role: _usual(role, kind.aliases.get(role, ()), have) for role in roles}
+    found |= {role: column for role, (_, column) in named.items()}
+    for layout in layouts:
+        columns = {role: found[role] for role in layout}
+        if named.keys() <= columns.keys() and all(column in have for column in columns.values()):
+            return Layout("+".join(layout), columns)
+    wanted = ", or ".join(" and ".join(f"`{role}`" for role in layout) for layout in layouts)
+    first = layouts[-1][0]
+    example = f"data.{first}: {have[0]}" if first in type(spec).model_fields else f"data.columns.{first}: {have[0]}"
+    hint = f"{task} reads {wanted}; say which columns they are, for example `{example}`."
+    raise DataError(f"the columns are {', '.join(have)}", file=path, line=None, hint=hint)
+
+
+def _named_columns(spec: DataSpec, roles: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """The columns that a recipe names: role -> (its key in the recipe, the column)."""
+    for role in spec.columns:
+        if role not in roles:
+            near, hint = nearest(role, roles), f"The task reads {', '.join(roles)}."
+            raise DataError(f"{role!r} is not read", key=f"data.columns.{role}", near=near, hint=hint)
+    fields = {role: getattr(spec, role) for role in roles if role in type(spec).model_fields}
+    named = {role: (f"data.{role}", column) for role, column in fields.items() if isinstance(column, str)}
+    return named | {role: (f"data.columns.{role}", column) for role, column in spec.columns.items()}
+
+
+def _usual(role: str, aliases: Sequence[str], have: Sequence[str]) -> str:
+    return next((name for name in (role, *aliases) if name in have), role)
+
+
+def layouts_of(parts: Sequence[Part], task: str) -> list[Layout]:
+    """The columns of each source, the same roles in all: the first of the task's layouts that each one has.
+
+    Raises:
+        DataError: a missing column, or sources without a layout in common.
+    """
+    from veneer.train.tasks import get_task
+
+    columns = [part.columns() for part in parts]
+    found = [_layout(part, task, have) for part, have in zip(parts, columns)]
+    if len({layout.kind for layout in found}) == 1:
+        return found
+    for kind in ("+".join(layout) for layout in get_task(task).layouts):
+        try:
+            return [_layout(part, task, have, [kind]) for part, have in zip(parts, columns)]
+        except DataError:
+            continue
+    other = next(i for i, layout in enumerate(found) if layout.kind != found[0].kind)
+    problem = f"{parts[other].path} has {found[other].kind} where {parts[0].path} has {found[0].kind}"
+    hint = "Sources that are mixed hold the same kind of rows; train on them one after the other, or convert one."
+    raise DataError(problem, key=parts[other].key, hint=hint)
+
+
+def _layout(part: Part, task: str, have: Sequence[str], only: Sequence[str] | None = None) -> Layout:
+    try:
+        return choose_layout(part.spec, task, part.path, have, only=only)
+    except DataError as error:
+        role = (error.key or "").removeprefix("data.columns.")
+        if role in part.source.columns:
+            error.key = f"{part.key}.columns.{role}"
+        raise
+
+
+def check_columns(spec: DataSpec, split: str, task: str) -> None:
+    """Check that a split's files are there and have the columns its task needs; reads their heads only.
+
+    Raises:
+        DataError: a missing file or column.
+    """
+    parts = parts_of(spec, split)
+    if parts:
+        layouts_of(parts, task)
