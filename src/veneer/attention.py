@@ -37,9 +37,9 @@ class AttentionSite(Site):
         if self.module._parameters.get("in_proj_weight") is None:
             raise AdapterError(
                 f"{self!r}: this MultiheadAttention has kdim={self.module.kdim}, vdim={self.module.vdim} "
-                f"beside embed_dim={self.module.embed_dim}, so its projections are three separate weights; "
-                "only "
-                "equal sizes are supported. Take it out of target_modules (its out_proj can be named alone)"
+                f"beside embed_dim={self.module.embed_dim}, so its projections are three separate weights. Only same "
+                "embed for query/key/value is supported as of now for MultiheadAttention: take it out of "
+                "target_modules (its out_proj can be named alone)"
             )
         if dropout > 0:
             warnings.warn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from .config import PeftConfig
@@ -19,6 +20,8 @@ _AUTO = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _OWN = frozenset({"subfolder", "adapter_name", "is_trainable", "config", "strict"})
+# what an adapter's config may have imported: importing runs code, and the config is the file's word
+_LIBRARIES = frozenset({"transformers", "diffusers", "sentence_transformers", "timm"})
 
 
 class AutoPeftModel:
@@ -40,26 +43,29 @@ class AutoPeftModel:
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         revision: str | None = None,
+        import_allowlist: Sequence[str] = (),
         **kwargs: Any,
     ) -> Any:
         """Load the base that the adapter's config names (kwargs go there), then the adapter.
 
-        A tokenizer saved beside the adapter decides the vocabulary: the base's embeddings are resized to it.
-        Raises ValueError where the adapter is for another task.
+        import_allowlist: modules that the config's auto_mapping may import the base's class from, beside those of
+        transformers, diffusers, sentence-transformers and timm. A tokenizer saved beside the adapter decides the
+        vocabulary: the base's embeddings are resized to it. Raises ValueError where the adapter is for another task,
+        or wants another module imported.
         """
         from .files import HUB_KEYS
 
         where = {k: v for k, v in kwargs.items() if k in HUB_KEYS | {"subfolder"}}
         cfg = config or PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **where)
         task = _plain(cfg.task_type)
-        if cls.task is not None and task != cls.task:
+        if cls.task is not None and task not in (cls.task, None):
             raise ValueError(
                 f"Expected target PEFT class: {TASKS[cls.task].__name__}, but you have asked for: "
                 f"{TASKS.get(task, PeftModel).__name__} make sure that you are loading "
                 "the correct model for your task type."
             )
         base_kwargs = {k: v for k, v in kwargs.items() if k not in _OWN}
-        base = cls._base(cfg, task, base_kwargs)
+        base = cls._base(cfg, task, base_kwargs, import_allowlist)
         cls._resize(base, pretrained_model_name_or_path)
         return TASKS.get(task, PeftModel).from_pretrained(
             base,
@@ -72,7 +78,7 @@ class AutoPeftModel:
         )
 
     @classmethod
-    def _base(cls, cfg: PeftConfig, task: str | None, kwargs: dict[str, Any]) -> Any:
+    def _base(cls, cfg: PeftConfig, task: str | None, kwargs: dict[str, Any], allowed: Sequence[str]) -> Any:
         import transformers
 
         if not cfg.base_model_name_or_path:
@@ -88,7 +94,13 @@ class AutoPeftModel:
                     "Cannot infer the auto class from the config, please make sure that you are loading "
                     "the correct model for your task type."
                 )
-            maker = getattr(importlib.import_module(mapping["parent_library"]), mapping["base_model_class"])
+            library = str(mapping["parent_library"])
+            if library.partition(".")[0] not in _LIBRARIES and library not in allowed:
+                raise ValueError(
+                    f"The auto mapping wants to import {library!r}, which is not in the import allowlist. Importing "
+                    f"runs code: pass import_allowlist=[{library!r}] only if you trust it, or load the base yourself"
+                )
+            maker = getattr(importlib.import_module(library), mapping["base_model_class"])
         return maker.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision or "main", **kwargs)
 
     @staticmethod

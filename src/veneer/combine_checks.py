@@ -71,7 +71,7 @@ def refuse(tuner: Tuner, name: str) -> None:
     elif cfg.trainable_token_indices:
         why = "it trains token rows (trainable_token_indices), which replace the base's and do not add up"
     elif cfg.target_parameters:
-        why = "it adapts parameters (target_parameters), which this function does not combine"
+        why = "add_weighted_adapter does not support targeting nn.Parameter (its target_parameters)"
     elif cfg.get("ensure_weight_tying"):
         why = "its factors are tied between layers (ensure_weight_tying), and a sum of products need not be"
     else:

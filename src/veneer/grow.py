@@ -20,7 +20,10 @@ __all__ = ["grow", "make_room", "path_of", "rows_needed", "set_to_mean", "trains
 def vocabulary_modules(model: Any) -> list[nn.Module]:
     """The modules with one row a token: the input embedding and the output head, where the model has them."""
     get_in, get_out = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    found = [get() for get in (get_in, get_out) if get is not None]
+    try:
+        found = [get() for get in (get_in, get_out) if get is not None]
+    except NotImplementedError:  # transformers' word for a model without tokens (ResNet)
+        return []
     return [module for module in found if module is not None]
 
 

@@ -3,13 +3,16 @@ by condition number."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from . import registry
 from .config import CONFIG_NAME
 from .kappa import KappaTuneSelector, find_kappa_target_modules
 from .layer import Adapted
@@ -59,14 +62,16 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 def check_if_peft_model(model_name_or_path: str | os.PathLike, **hub: Any) -> bool:
-    """Whether a folder or hub repository holds an adapter. A path that does not exist is none; a hub that cannot be
-    reached is an error."""
+    """Whether a folder or hub repository holds an adapter with a config that can be read. A path that does not exist is
+    none; a hub that cannot be reached is an error."""
     from .files import locate
 
     try:
-        return locate(model_name_or_path, CONFIG_NAME, **hub) is not None
-    except ValueError:  # neither a folder nor a repository
+        path = locate(model_name_or_path, CONFIG_NAME, **hub)
+        found = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError:  # neither a folder nor a repository, or no JSON
         return False
+    return isinstance(found, dict) and found.get("peft_type") in registry.types()
 
 
 class MontecloraTrainerMixin:

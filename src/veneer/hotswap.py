@@ -170,14 +170,14 @@ class _Swap:
             if tuple(value.shape) not in (spec.shape, tuple(getattr(holder, leaf).shape)):
                 raise ValueError(f"{file_key}: {tuple(value.shape)} in the file, {spec.shape} by its config")
             if isinstance(m.scaling[self.adapter], Tensor):
-                value = self._fitted(value, getattr(holder, leaf), file_key)
+                value = self._fitted(value, getattr(holder, leaf), file_key, m.site.groups)
             out.append(_Write(holder, leaf, value))
         return out
 
-    def _fitted(self, value: Tensor, room: Tensor, key: str) -> Tensor:
+    def _fitted(self, value: Tensor, room: Tensor, key: str, groups: int) -> Tensor:
         """Padded to the rank that the model was prepared for; a larger one takes the place as it is."""
         if all(a <= b for a, b in zip(value.shape, room.shape, strict=True)):
-            return padded(value, room)
+            return padded(value, room, groups)
         warnings.warn(
             f"{key}: {tuple(value.shape)} is larger than {tuple(room.shape)}, which the model was prepared for, so a "
             "compiled model is compiled again; give prepare_model_for_compiled_hotswap a larger target_rank",
@@ -266,12 +266,14 @@ def _swap_prompt(model: Any, adapter: str, tensors: dict[str, Tensor], config: A
     model.peft_config[adapter].inference_mode = before
 
 
-def padded(value: Tensor, room: Tensor) -> Tensor:
-    """A smaller tensor in the corner of zeros of the larger's shape."""
+def padded(value: Tensor, room: Tensor, groups: int = 1) -> Tensor:
+    """A smaller tensor in the corner of zeros of the larger's shape. groups: of a convolution, each of which has its
+    share of the first axis, and so its own corner."""
     if value.shape == room.shape:
         return value
     out = torch.zeros(room.shape, dtype=value.dtype, device=value.device)
-    out[tuple(slice(n) for n in value.shape)] = value
+    parts = value.unflatten(0, (groups, -1))
+    out.unflatten(0, (groups, -1))[tuple(slice(n) for n in parts.shape)] = parts
     return out
 
 
@@ -355,7 +357,11 @@ def _pad(m: Adapted, adapter: str, rank: int) -> None:
             f"This is not possible. ({m.site!r})"
         )
     if rank % m.site.groups:
-        raise ValueError(f"target_rank={rank} is not a multiple of the {m.site.groups} groups of {m.site!r}")
+        raise ValueError(
+            f"Trying to pad a {type(m.get_base_layer()).__name__} LoRA adapter with groups={m.site.groups} to target "
+            f"rank {rank}, but the target rank is not divisible by {m.site.groups}. Please choose a target rank that "
+            f"is divisible by {m.site.groups}. ({m.site!r})"
+        )
     wide = A.new_empty(rank, *A.shape[1:]), B.new_empty(B.shape[0], rank // m.site.groups, *B.shape[2:])
     for t, room in zip((A, B), wide, strict=True):
-        t.data = padded(t.data, room)
+        t.data = padded(t.data, room, m.site.groups)

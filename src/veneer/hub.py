@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import base_mark, convert, prompts, schedule, state
 from .errors import AdapterError
 from .files import BIN_NAME, SAFE_NAME, write_bin, write_json, write_tensors, write_text
-from .grow import trains_rows
+from .grow import trains_rows, vocabulary_modules
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -37,10 +37,9 @@ def tensors_of(model: PeftModel, adapter: str, *, compact: bool = False) -> dict
 def _embeddings(model: PeftModel, adapter: str, mode: str | bool) -> dict[str, Tensor]:
     """The base's embedding weights where they must travel: asked for, or resized since the base was loaded."""
     base: Any = model.get_base_model()
-    get_in = getattr(base, "get_input_embeddings", None)
-    if mode is False or get_in is None or model.prompt_configs is not None:
+    if mode is False or model.prompt_configs is not None:
         return {}
-    wanted = [m for m in (get_in(), base.get_output_embeddings()) if m is not None]
+    wanted = vocabulary_modules(base)
     if mode == "auto":
         before = _own_vocabulary(model.peft_config[adapter].base_model_name_or_path)
         now = getattr(getattr(base, "config", None), "vocab_size", None)
@@ -84,9 +83,10 @@ def save_adapter(
     out = tensors_of(model, adapter, compact=compact) if tensors is None else state.only(tensors, model, adapter)
     out.update(_embeddings(model, adapter, embeddings))
     config = copy.copy(model.peft_config[adapter])
-    out, config = convert.self_contained(model, adapter, out, config)
-    if initial is not None and config.init_lora_weights == model.peft_config[adapter].init_lora_weights:
-        out, config = convert.against_initial(model, adapter, initial, out, config)
+    out, against = convert.self_contained(model, adapter, out, config)
+    if initial is not None and against is config:
+        out, against = convert.against_initial(model, adapter, initial, out, config)
+    config = against
     if not main:
         return
     where = os.path.join(folder, adapter) if adapter != "default" else folder
@@ -231,11 +231,11 @@ def put(
             bias.data = value.to(bias)
             return True
         path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-        if not key.endswith(".weight") or not hasattr(base, "get_input_embeddings"):
+        if not key.endswith(".weight"):
             return False
-        for module in (base.get_input_embeddings(), base.get_output_embeddings()):
-            if module is not None and _path_of(base, module) == path:
-                weight = module.weight
+        for module in vocabulary_modules(base):
+            if _path_of(base, module) == path:
+                weight: Any = module.weight
                 if weight.shape != value.shape:
                     raise AdapterError(
                         f"{key}: the file's embedding is {tuple(value.shape)}, the model's {tuple(weight.shape)}; call "

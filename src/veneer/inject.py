@@ -60,7 +60,7 @@ def find(tuner: Tuner, cfg: Any, method: Method) -> list[Match]:
     own = method.targets(cfg, candidates(tuner.model)) if isinstance(method, Attach) else None
     if own is not None:
         return [Match(n, tuner.model.get_submodule(n), n.rpartition(".")[2]) for n in own]
-    return match_targets(
+    found = match_targets(
         tuner.model,
         cfg,
         model_type=tuner.model_type,
@@ -68,6 +68,21 @@ def find(tuner: Tuner, cfg: Any, method: Method) -> list[Match]:
         names=candidates(tuner.model),
         kind=method.defaults,
     )
+    past = [m for m in found if _is_read_past(tuner.model, m.name)]
+    if past and cfg.target_modules not in (None, "all-linear"):
+        path, _, leaf = past[0].name.rpartition(".")
+        raise ValueError(
+            f"Module {leaf!r} is incompatible with Mamba-based models: the kernels of {path} "
+            f"({type(tuner.model.get_submodule(path)).__name__}) read its weight and pass an adapter over in silence. "
+            f"Take it out of target_modules (matched by {past[0].pattern!r}), in_proj and x_proj can stay"
+        )
+    return [m for m in found if m not in past]
+
+
+def _is_read_past(model: nn.Module, name: str) -> bool:
+    """Whether a module is one of those whose weights a state space layer's fused kernels read."""
+    path, _, leaf = name.rpartition(".")
+    return leaf in ("out_proj", "conv1d") and "A_log" in model.get_submodule(path)._parameters
 
 
 def inject(tuner: Tuner, name: str, cfg: Any, *, meta: bool = False, fill: bool = True) -> list[str]:

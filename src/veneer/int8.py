@@ -57,8 +57,8 @@ class Inputs:
 class Int8Weight:
     """A frozen weight W (out, inp) as int8, and its two products."""
 
-    def __init__(self, W: Tensor, inputs: Inputs, forward: bool = True):
-        self.inputs, self.version, self.forward = inputs, W._version, forward
+    def __init__(self, W: Tensor, inputs: Inputs):
+        self.inputs, self.version = inputs, W._version
         self.q, scale = quantise_rows(W.detach() * inputs.c)
         self.scale = scale.view(-1)  # (out,)
 

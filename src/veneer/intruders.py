@@ -95,7 +95,7 @@ def _config_for_new(cfg: Any) -> Any:
 def _check(top_k: int, epsilon: float, keep: float) -> None:
     if top_k < 1:
         raise AdapterError(f"top_k={top_k}: must be at least 1")
-    if not 0 <= epsilon <= 1:
-        raise AdapterError(f"threshold_epsilon={epsilon}: a cosine, from 0 to 1")
+    if not epsilon >= 0:
+        raise AdapterError(f"threshold_epsilon={epsilon}: a cosine, from 0 (above 1 every direction is new)")
     if not 0 <= keep <= 1:
         raise AdapterError(f"mitigation_lambda={keep}: a share, from 0 to 1")

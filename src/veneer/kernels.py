@@ -84,7 +84,7 @@ def _forward(
     flat = x.reshape(-1, x.shape[-1])
     y = x.new_empty(*x.shape[:-1], W.shape[0])  # returned as it is, not as a view: callers may write into it
     rows = y.view(-1, W.shape[0])
-    if int8 is not None and int8.forward:
+    if int8 is not None:
         int8.product(x, rows)
         if b is not None:
             rows.add_(b)

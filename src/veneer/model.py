@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import MethodType
@@ -16,7 +17,7 @@ from . import base_mark, files, hub, prompts, registry, schedule, state
 from . import inject as injection
 from .config import PeftConfig, PromptLearningConfig
 from .context import BASE, Host, Rows
-from .errors import AdapterError
+from .errors import AdapterError, PeftWarning
 from .grow import make_room
 from .replace import SavedModule
 from .status import layer_status, model_status
@@ -544,8 +545,6 @@ def get_peft_model(
 ) -> Any:
     """Wrap a model with a new adapter. mixed: allow adapters of several methods at once (PeftMixedModel)."""
     if any(getattr(m, "is_adapter_wrapper", False) for m in model.modules()):
-        import warnings
-
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a "
             "different config, make sure to call `.unload()` before.",
@@ -553,6 +552,13 @@ def get_peft_model(
         )
     peft_config.base_model_name_or_path = hub.name_of(model) or peft_config.base_model_name_or_path
     if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(
+                f"peft config has already set base model revision to {peft_config.revision}, overwriting with revision "
+                f"{revision}",
+                PeftWarning,
+                stacklevel=2,
+            )
         peft_config.revision = revision
     if mixed:
         from .mixed import PeftMixedModel

@@ -124,8 +124,8 @@ def parameter_layers(
         if layer is None:
             if id(module) in taken or any(not isinstance(w.site, ParameterSite) for w in _chain(top)):
                 raise ValueError(
-                    f"{name} is in target_parameters and {path} ({type(module).__name__}) is also adapted "
-                    "through "
+                    f"Trying to wrap an `nn.Parameter` of layer '{path}' of type {type(module).__name__}, which is not "
+                    f"a valid target. {name} is in target_parameters and the layer is also adapted through "
                     "target_modules; take it out of one of them (target_modules=[] adapts parameters alone)"
                 )
             layer = Adapted(ParameterSite(module, path, parameter), tuner.host, base=top)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -61,8 +61,8 @@ class BufferDict(nn.Module):
         for key in list(self._buffers):
             del self[key]
 
-    def update(self, buffers: Mapping[str, Tensor]) -> None:
-        for key, value in buffers.items():
+    def update(self, buffers: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> None:
+        for key, value in dict(buffers).items():
             self[key] = value
 
     def extra_repr(self) -> str:

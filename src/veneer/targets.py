@@ -198,9 +198,9 @@ class _Search:
             )
         if not found:
             raise NoMatchingPeftModuleError(
-                f"No modules were targeted for adaptation: `exclude_modules`, `modules_to_save` or the "
-                f"method left out all {self.excluded or 'modules'} that {list(wanted)} matched. All modules were "
-                "excluded"
+                "No modules were targeted for adaptation. This might be caused by a combination of `target_modules` "
+                "with `exclude_modules`, `modules_to_save` or what the method can adapt, which left out all "
+                f"{self.excluded or 'modules'} that {list(wanted)} matched. All modules were excluded"
             )
         if self.spec.exclude_modules and not self.named_out:
             warnings.warn(
@@ -285,6 +285,12 @@ def match_parameters(
                 found.append((module_name, module, own))
             seen |= hits
     missing = [entry for entry in target_parameters if entry not in seen]
+    top = [own for own, _ in model.named_parameters(recurse=False) if own in missing]
+    if top:
+        raise NoMatchingPeftModuleError(
+            f"Targeting an nn.Parameter on the top-level module is not supported (parameter {top[0]!r}): put it into a "
+            "submodule"
+        )
     if missing and not (found and allow_unmatched):
         listed = "; ".join(f"{entry!r} matches nothing{near_names(entry, known)}" for entry in missing)
         alone = not found and not modules_given

@@ -9,13 +9,14 @@ rows.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from . import registry, storage
-from .errors import AdapterError, NoMatchingPeftModuleError
+from .errors import AdapterError, NoMatchingPeftModuleError, PeftWarning
 from .layer import Adapted
 from .parameters import plain_modules
 from .patterns import near_names
@@ -98,6 +99,13 @@ def inject_option(tuner: Tuner, name: str, cfg: Any, *, meta: bool, fill: bool) 
         return
     method = registry.method("TRAINABLE_TOKENS")
     rows = dict(_named(tuner, asked))
+    if getattr(cfg, "ensure_weight_tying", False) and not any(partners(tuner.model, path) for path in rows):
+        warnings.warn(
+            "ensure_weight_tying=True but the model does not have tied weights (no other module holds the weight of "
+            f"{', '.join(rows)}). Weight tying will not be applied for trainable_token_indices.",
+            PeftWarning,
+            stacklevel=2,
+        )
     layers: dict[str, Adapted] = {}
     for path, ids in rows.items():
         layers[path] = _add(tuner, name, path, ids, method, meta=meta, fill=fill)
@@ -141,8 +149,8 @@ def _named(tuner: Tuner, asked: Any) -> Iterator[tuple[str, list[int]]]:
         hits = [path for path in plain if path == pattern or path.endswith(f".{pattern}")]
         if not hits:
             raise NoMatchingPeftModuleError(
-                f"trainable_token_indices: {pattern!r} not found in the base model "
-                f"({type(tuner.model).__name__})"
+                f"trainable_token_indices: Target modules {{{pattern!r}}} not found in the base model. "
+                f"{type(tuner.model).__name__} has no such module"
                 f"{near_names(pattern, plain)}"
             )
         for path in hits:

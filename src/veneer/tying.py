@@ -44,17 +44,19 @@ def _tied(model: nn.Module) -> list[list[str]]:
 def tied_with(model: nn.Module, paths: Iterable[str], cfg: Any) -> dict[str, list[str]]:
     """Each path's partners where the config asks to keep them tied. Warns where it asks and there are none, and where
     it does not ask and one of two tied modules is to be trained."""
-    asked = getattr(cfg, "ensure_weight_tying", None)
-    if asked is None:
-        return {}
+    option = hasattr(cfg, "ensure_weight_tying")
+    asked = option and cfg.ensure_weight_tying
     groups, paths = _tied(model), list(paths)
     found = {path: [p for p in group if p != path] for path in paths for group in groups if path in group}
     said = None
     if not asked and found and not cfg.inference_mode:
         path, others = next(iter(found.items()))
+        why = (
+            "`ensure_weight_tying` is not set to True" if option else f"{type(cfg).__name__} has no way to tie adapters"
+        )
         said = (
-            f"{path} holds the same weight as {', '.join(others)}, and `ensure_weight_tying` is not set to True: what "
-            "is trained there changes that module alone, and merging unties the two"
+            f"{path} holds the same weight as {', '.join(others)}, and {why}: what is trained there changes that "
+            "module alone, and merging unties the two"
         )
     elif asked and not found and not getattr(cfg, "trainable_token_indices", None):
         said = "ensure_weight_tying is set, but " + (

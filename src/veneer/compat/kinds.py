@@ -35,6 +35,10 @@ class LayerKind(type):
     peft_type: str
     base: str | None
 
+    def __getattr__(cls, name: str) -> Any:
+        """The methods of all layers, such as `LoraLayer.merge`."""
+        return getattr(Adapted, "add" if name == "update_layer" else name)
+
     def __instancecheck__(cls, obj: object) -> bool:
         if not isinstance(obj, Adapted) or all(_type_of(e.cfg) != cls.peft_type for e in obj.entries.values()):
             return False

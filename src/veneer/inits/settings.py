@@ -108,6 +108,11 @@ def settle(cfg: Any) -> None:
             if not made:
                 raise ValueError(f"`{name}` must be specified when `init_lora_weights` is {owner!r}.")
             value = kind()
+            if owner == "eva":
+                warnings.warn(
+                    "`init_lora_weights` is 'eva' but `eva_config` is not specified. Using default EVA config.",
+                    stacklevel=4,
+                )
         elif value and owner != init:
             warnings.warn(
                 f"`{name}` specified but will be ignored when `init_lora_weights` is not {owner!r}.", stacklevel=4

@@ -24,15 +24,17 @@ def create_riemannian_optimizer(
     reg: what is added to the r x r metric's diagonal; it must be positive, since B starts at zero. Further arguments
     go to `optimizer_cls`. Embedding factors and parameters outside LoRA keep their gradients.
 
-    Raises ValueError for a model without a trained pair, or reg <= 0.
+    Raises ValueError for a model without a trained pair, or reg <= 0, TypeError where `optimizer_cls` is no optimizer.
     """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, Optimizer)):
+        raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer, got {optimizer_cls!r}")
     if not reg > 0:
         raise AdapterError(f"reg={reg}: must be above 0, or the metric of a B that starts at zero has no inverse")
     found = [q for q in pairs(model) if q.A.requires_grad and q.B.requires_grad]
     if not found:
         raise AdapterError(
-            "create_riemannian_optimizer found no trained pair of lora_A and lora_B: the preconditioner is for LoRA "
-            "adapters whose factors both train"
+            "create_riemannian_optimizer found no trainable lora_A/lora_B parameter pairs: the preconditioner is for "
+            "LoRA adapters whose factors both train"
         )
     optimizer = optimizer_cls(trained(model), **{"lr": lr, **kwargs})
 

@@ -1,0 +1,153 @@
+"""Where veneer under the name peft does otherwise than peft, each with what it does instead."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import veneer
+from veneer.compat import names
+from veneer.layer import Adapted
+from veneer.tuner import Tuner
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.head = nn.Linear(6, 6, bias=False), nn.Linear(6, 4)
+        self.table, self.mix = nn.Embedding(9, 6), nn.MultiheadAttention(6, 2)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.lin(self.table(ids))
+        return self.head(self.mix(x, x, x)[0])
+
+
+def net(config: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return veneer.get_peft_model(Net(), config, **options)
+
+
+def lora(**options: Any) -> veneer.LoraConfig:
+    return veneer.LoraConfig(**{"target_modules": ["lin"], **options})
+
+
+IDS = torch.tensor([[1, 2], [3, 4]])
+
+
+@pytest.mark.parametrize("name", ["LoraConfig", "LoHaConfig", "LoKrConfig", "OFTConfig", "VeraConfig", "C3AConfig"])
+def test_layers_of_all_methods_are_of_one_class(name: str) -> None:
+    sizes = {"OFTConfig": {"r": 0, "oft_block_size": 2}, "C3AConfig": {"block_size": 2}}.get(name, {})
+    ours = net(getattr(veneer, name)(target_modules=["lin"], **sizes)).get_base_model().lin
+    theirs = peft.get_peft_model(Net(), getattr(peft, name)(target_modules=["lin"], **sizes)).get_base_model().lin
+    assert type(ours) is Adapted
+    assert type(theirs).__module__.startswith(f"peft.tuners.{name.removesuffix('Config').lower()}")
+
+
+PRIVATE = {
+    "tuners.lora.variants": ("BlockDiagonalLinear", "calculate_alora_offsets", "DoraLinearVariant"),
+    "tuners.lora.velora": ("VeloraFunction", "_compress_activations"),
+    "tuners.lora.arrow": ("_resolve_adapter_source",),
+    "optimizers.riemannian": ("_RiemannianPreconditioner", "_collect_lora_pairs"),
+    "tuners.osf.utils": ("decompose_weight_matrix",),
+    "tuners.shira.layer": ("_warn_once_about_module_hooks",),
+}
+
+
+@pytest.mark.parametrize("module", PRIVATE)
+def test_the_insides_of_variants_have_no_counterpart(module: str) -> None:
+    assert not set(PRIVATE[module]) & set(names.modules().get(module, {}))
+
+
+@pytest.mark.parametrize(
+    "name", ["_get_kasa_loss", "_init_vblora_vector_bank", "_init_tinylora_v", "get_nb_savable_parameters"]
+)
+def test_nor_have_the_insides_of_models(name: str) -> None:
+    assert not hasattr(Tuner, name)
+    assert not hasattr(net(lora()), name)
+
+
+@pytest.mark.parametrize(
+    ("modules", "parameters", "words"),
+    [(["lin"], ["nope.weight"], "'nope.weight' matches nothing"), (["lin", "nope"], ["head.weight"], "'nope' matches")],
+)
+def test_names_that_match_nothing_beside_some_that_do(modules: list[str], parameters: list[str], words: str) -> None:
+    options = {"target_modules": modules, "target_parameters": parameters}
+    with pytest.raises(veneer.NoMatchingPeftModuleError, match=words):
+        net(lora(**options))
+
+
+def test_an_adapted_embeddings_table_stays_out_of_the_file_without_a_word(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = veneer.get_peft_model(
+        LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)), lora(target_modules=["embed_tokens"])
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+    assert all("lora_embedding" in k for k in veneer.get_peft_model_state_dict(model))
+
+
+def test_trained_tokens_do_not_add_up() -> None:
+    model = net(lora(trainable_token_indices={"table": [1]}))
+    model.add_adapter("other", lora(trainable_token_indices={"table": [1]}))
+    with pytest.raises(veneer.AdapterError, match=r"'default' cannot be part of a weighted sum: it trains token rows"):
+        model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+
+
+def test_an_adapted_attention_shows_its_projection_adapted() -> None:
+    layer = net(lora(target_modules=["mix"])).get_base_model().mix
+    assert type(layer.out_proj) is Adapted
+    assert layer.out_proj.base_layer is layer.base_layer.out_proj.base_layer
+    assert torch.equal(layer.out_proj.weight, layer.out_proj.base_layer.weight)
+
+
+def test_a_lora_bias_merges_into_a_layer_without_a_bias() -> None:
+    model = net(lora(lora_bias=True, init_lora_weights=False)).eval()
+    before = model(IDS)
+    model.merge_adapter()
+    assert model.get_base_model().lin.bias is not None
+    assert torch.allclose(model(IDS), before, atol=1e-6)
+    model.unmerge_adapter()
+    assert model.get_base_model().lin.bias is None
+
+
+@pytest.mark.parametrize("name", ["VeraConfig", "RandLoraConfig", "PveraConfig"])
+def test_a_second_key_gives_projections_of_its_own(name: str) -> None:
+    config = getattr(veneer, name)
+    model = net(config(target_modules=["lin"], r=2, projection_prng_key=1)).eval()
+    model.add_adapter("other", config(target_modules=["lin"], r=2, projection_prng_key=2))
+    held = next(b for n, b in model.base_model.named_children() if n.endswith("_A"))
+    assert not torch.equal(held["default"], held["other"])
+
+
+def test_mixed_models_have_a_status() -> None:
+    model = net(lora(), mixed=True)
+    model.add_adapter("other", veneer.LoHaConfig(target_modules=["head"]))
+    assert veneer.get_model_status(model).peft_types == {"default": "LORA", "other": "LOHA"}
+    assert {s.name for s in veneer.get_layer_status(model)} == {"model.lin", "model.head"}
+
+
+def test_adaption_prompts_have_a_status() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = veneer.AdaptionPromptConfig(adapter_layers=1, adapter_len=2, task_type="CAUSAL_LM")
+    model = veneer.get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)), config)
+    assert veneer.get_model_status(model).peft_types == {"default": "ADAPTION_PROMPT"}
+
+
+def test_a_row_listed_twice_is_said() -> None:
+    with pytest.raises(veneer.AdapterError, match=r"token_indices names \[1\] more than once"):
+        net(veneer.TrainableTokensConfig(target_modules=["table"], token_indices=[1, 2, 1]))
+
+
+def test_an_uninitialised_tinylora_starts_within_its_bound() -> None:
+    model = net(veneer.TinyLoraConfig(target_modules=["lin"], init_weights=False, init_v_bound=0.3))
+    found = [p for n, p in model.named_parameters() if "tinylora_v" in n]
+    assert found
+    assert all(0 < float(p.abs().max()) <= 0.3 for p in found)
