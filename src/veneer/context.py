@@ -61,7 +61,7 @@ def per_row(given: Tensor, size: int) -> Tensor:
 
 @dataclass
 class Host:
-    """Shared by every adapted layer of one model, so that switching adapters is constant work.
+    """Shared by every adapted layer of one model, so that switching adapters walks no modules.
 
     active: names in the order they act. enabled: False makes every layer the base. version: raised on each
     change; layers rebuild what they cache when it moves. rows, data: per call, None or empty outside one.

@@ -201,7 +201,7 @@ class Adapted(nn.Module):
         return sorted(self.entries)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate adapters on this layer alone; the model's set_adapter is constant work and does all layers."""
+        """Activate adapters on this layer alone; the model's set_adapter does all layers, without a walk."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         for adapter in self.entries:
             self.require_grad(adapter, adapter in names and not inference_mode)

@@ -4,7 +4,7 @@ torch.compile checks before each call whatever Python values a graph was made fr
 mean a graph for each adapter. So traced code (`Adapted.plan`, `SavedModule.running`) reads `live`, which holds the
 active adapters' views and modules and no name; the layer notes at the host that it was traced, and from then on the
 host has it look up its active adapters again whenever they change. Models that are not compiled have none of this, and
-for them switching stays constant work.
+for them switching looks at no layer.
 """
 
 from __future__ import annotations

@@ -285,15 +285,20 @@ def match_parameters(
                 found.append((module_name, module, own))
             seen |= hits
     missing = [entry for entry in target_parameters if entry not in seen]
+    _check_named(model, missing, known, lenient=bool(found) and allow_unmatched, alone=not found and not modules_given)
+    return found
+
+
+def _check_named(model: nn.Module, missing: list[str], known: list[str], *, lenient: bool, alone: bool) -> None:
+    """Raise NoMatchingPeftModuleError for entries that matched nothing. alone: nothing else is targeted either."""
     top = [own for own, _ in model.named_parameters(recurse=False) if own in missing]
     if top:
         raise NoMatchingPeftModuleError(
             f"Targeting an nn.Parameter on the top-level module is not supported (parameter {top[0]!r}): put it into a "
             "submodule"
         )
-    if missing and not (found and allow_unmatched):
+    if missing and not lenient:
         listed = "; ".join(f"{entry!r} matches nothing{near_names(entry, known)}" for entry in missing)
-        alone = not found and not modules_given
         nothing = (
             "No `target_modules` passed but also no `target_parameters` found. Please check the values for these "
             "arguments."
@@ -301,7 +306,6 @@ def match_parameters(
         raise NoMatchingPeftModuleError(
             f"target_parameters not found in {type(model).__name__}: {listed}{f'. {nothing}' if alone else ''}"
         )
-    return found
 
 
 def describe(matches: Sequence[Match], unmatched: Sequence[str] = ()) -> str:

@@ -77,6 +77,20 @@ class LogitsChange(Exception):
     """A model does more to its logits than its head: a scale, a soft cap."""
 
 
+def _plain(head: Any) -> bool:
+    """Whether a head is a frozen nn.Linear with no hooks that see its output."""
+    weight: Any = getattr(head, "weight", None)
+    bias: Any = getattr(head, "bias", None)
+    return (
+        type(head).forward is nn.Linear.forward
+        and type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
+        and not (head._forward_hooks or head._backward_hooks or "forward" in head.__dict__)
+        and plain_autograd(weight)
+    )
+
+
 @contextmanager
 def chunked_head(model: Any) -> Iterator[bool]:
     """Inside, `model`'s own loss function is computed in chunks from what enters its head; yields whether it is.
@@ -86,20 +100,10 @@ def chunked_head(model: Any) -> Iterator[bool]:
     False.
     """
     head = model.get_output_embeddings()
-    weight: Any = getattr(head, "weight", None)
-    bias: Any = getattr(head, "bias", None)
-    fits = (
-        type(head).forward is nn.Linear.forward
-        and type(weight) is nn.Parameter
-        and not weight.requires_grad
-        and (bias is None or not bias.requires_grad)
-        and not (head._forward_hooks or head._backward_hooks or "forward" in head.__dict__)
-        and plain_autograd(weight)
-        and model not in _processed
-    )
-    if not fits:
+    if model in _processed or not _plain(head):
         yield False
         return
+    weight, bias = head.weight, head.bias
     given: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Tensor:

@@ -98,7 +98,21 @@ def _train(
         after = _measure(recipe, parts, model, tokenizer, console, "the tuned model")
         report(after.metrics)
     _save_adapter(recipe, model, tokenizer, plan, now.folder)
-    out = Path(recipe.out).absolute()
+    merged = _merge(recipe, model, tokenizer, now.folder, parts, console)
+    return _result(recipe, parts, trainer, (before, after), seconds, (trainable, total), merged)
+
+
+def _result(
+    recipe: Recipe,
+    parts: Parts,
+    trainer: TaskTrainer,
+    scored: tuple[Outcome, Outcome],
+    seconds: float,
+    params: tuple[int, int],
+    merged: bool,
+) -> RunResult:
+    """``scored``: before and after; ``params``: trained and all."""
+    out, (before, after), plan = Path(recipe.out).absolute(), scored, parts.plan
     return RunResult(
         out=str(out),
         task=recipe.task,
@@ -109,11 +123,11 @@ def _train(
         samples=_samples(recipe, plan, before, after),
         train_seconds=seconds,
         train_tokens=trainer.tokens,
-        trainable_params=trainable,
-        total_params=total,
+        trainable_params=params[0],
+        total_params=params[1],
         adapter_dir=str(out / "adapter"),
-        merged_dir=str(out / "merged") if _merge(recipe, model, tokenizer, now.folder, parts, console) else None,
-        machine=describe_machine(args.device),
+        merged_dir=str(out / "merged") if merged else None,
+        machine=describe_machine(parts.args.device),
         notes=[*parts.notes, *([] if plan.stream is None else plan.stream.describe())],
     )
 

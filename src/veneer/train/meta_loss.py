@@ -36,6 +36,11 @@ def decoder_loss(model: Any, rows: int, tokens: int) -> Loss:
     return lambda: model(**_inputs(rows, tokens), labels=labels).loss
 
 
+def _entropy(_: Any, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
+    targets = torch.zeros(logits.shape[-2], dtype=torch.long, device="meta")
+    return torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
+
+
 def vocabulary_loss(
     model: Any, rows: int, tokens: int, labelled: float, chunked: bool, reference: bool = False
 ) -> Loss:
@@ -53,10 +58,6 @@ def vocabulary_loss(
     def select(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0].flatten(0, 1)[:wanted].unsqueeze(0), *args[1:])
 
-    def entropy(_: Any, args: tuple[Any, ...], logits: torch.Tensor) -> torch.Tensor:
-        targets = torch.zeros(logits.shape[-2], dtype=torch.long, device="meta")
-        return torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="none")
-
     def in_chunks(hidden: torch.Tensor) -> torch.Tensor:
         weight = head.weight
         rows_of = rows_at_once(wanted, weight.shape[0], "cpu")
@@ -73,7 +74,7 @@ def vocabulary_loss(
         if chunked:
             head.forward = in_chunks
         else:
-            handles.append(head.register_forward_hook(entropy))
+            handles.append(head.register_forward_hook(_entropy))
         try:
             return model(**_inputs(rows, tokens)).logits.sum()
         finally:
