@@ -73,7 +73,7 @@ def build(who: str, o: dict[str, Any]) -> Lap:
 
     def ready() -> Any:
         transformers.set_seed(recipe.seed)
-        plan.train = train if state else train.select(range(2 * o["batch"]))
+        plan.train = train if state else train.select(range(min(2 * o["batch"], len(train))))
         model, tokenizer = load_base(parts.ref, recipe.task, **model_options(plan))
         safe_pad(tokenizer, set(plan.stop_ids))
         model.config.pad_token_id = tokenizer.pad_token_id
