@@ -30,10 +30,10 @@ Mask = Callable[..., Tensor]
 
 
 def random_mask(base_layer: torch.nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
-    """A mask with r (out + inp) ones at random places, shaped like the layer's weight."""
+    """A mask with r (out + inp) ones at random places, shaped like the layer's weight. Without a seed, from torch's own
+    generator: processes that are seeded alike must get the same places."""
     weight: Any = base_layer.weight
-    generator = torch.Generator()
-    generator.seed() if random_seed is None else generator.manual_seed(random_seed)
+    generator = None if random_seed is None else torch.Generator().manual_seed(random_seed)
     mask = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
     chosen = torch.randperm(weight.numel(), generator=generator)[: r * sum(weight.shape)]
     mask[chosen.to(weight.device)] = 1
@@ -43,7 +43,8 @@ def random_mask(base_layer: torch.nn.Module, r: int, random_seed: int | None = N
 @dataclass
 class ShiraConfig(AdapterConfig):
     """r: the number of trained entries is r (out + inp), that of a LoRA of this rank. mask_type: "random", or any
-    other name with a function of your own in `mask_fn`. random_seed: of the random mask; None: a new one each time.
+    other name with a function of your own in `mask_fn`. random_seed: of the random mask; None: torch's
+    own generator goes on.
 
     init_weights: False draws the entries at random, for tests.
     """

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AdapterError
+from ..sharded import like
 
 
 class Table(nn.Module):
@@ -33,7 +34,7 @@ def finished(name: str, encoder: nn.Module, value: Tensor) -> nn.Module:
     plain = isinstance(encoder, Table) and encoder.transform is None
     table: Any = encoder if plain else Table(*value.shape).to(now)
     with torch.no_grad():
-        table.embedding.weight.copy_(value)
+        table.embedding.weight.copy_(like(value, table.embedding.weight))
     return table
 
 

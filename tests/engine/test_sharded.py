@@ -1,0 +1,68 @@
+"""Every method on two processes: alike on each (DDP), and with all tensors in parts (FSDP's fully_shard)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sharded_job
+
+import veneer
+from veneer import registry
+from veneer.files import read_tensors
+
+#: methods whose forward takes more than ids and labels, or other adapters
+OWN_INPUTS = {"MULTITASK_PROMPT_TUNING", "XLORA"}
+#: its router takes the mean over the tokens of a call, and each process has its own
+BY_BATCH = {"LILY"}
+#: what does not run, and the word of the error that says why
+REFUSED = {
+    "ddp": {"SHADOW": "find_unused_parameters"},
+    "fsdp": {
+        "SHADOW": "",
+        "ADALORA": "DTensor",  # its loss reads all factors after the blocks that hold them
+        "FROD": "DTensor",  # loading solves with the base's weights
+        "LILY": "is shared with",  # one factor in many blocks
+        "OSF": "DTensor",  # rewrites the base when loaded
+        "PSOFT": "DTensor",  # the same
+        "CPT": "copy_",  # clips its tensors in forward
+        "CARTRIDGE": "DTensor",
+        "P_TUNING": "",  # what is saved is not what trains
+    },
+}
+METHODS = [name for name in registry.types() if name not in OWN_INPUTS]
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def found(request: Any, tmp_path_factory: Any) -> tuple[str, Path, dict[str, Any]]:
+    """(way, folder, {method: losses or error}) of one pair of processes."""
+    folder = tmp_path_factory.mktemp(request.param)
+    source = str(Path(veneer.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", sharded_job.__file__, request.param, str(folder), *METHODS]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, folder, json.loads((folder / "found.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one_and_write_one_adapter(method: str, found: tuple[str, Path, dict[str, Any]]) -> None:
+    way, folder, results = found
+    result = results[method]
+    if method in REFUSED[way]:
+        assert isinstance(result, str), f"{method} works with {way}: take it off the list"
+        assert REFUSED[way][method] in result
+        return
+    assert isinstance(result, list), result
+    alone = sharded_job.adapted(method)
+    losses = sharded_job.train(alone, sharded_job.rows())
+    assert result == pytest.approx(losses, rel=1e-3 if method in BY_BATCH else 1e-5)
+    tensors = read_tensors(folder / method / "adapter_model.safetensors")
+    wanted = veneer.get_peft_model_state_dict(alone)
+    assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in wanted.items()}
