@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from veneer.backends.refused import why_not
 from veneer.words import find_stacks, place_of
 
 Shape = tuple[int, int]  # (in, out)
@@ -41,12 +42,12 @@ def name_tails(name: str) -> Iterator[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear and its subclasses, transformers' Conv1D, HQQ's linear layer."""
+    """nn.Linear and its subclasses, transformers' Conv1D, HQQ's linear layer, and packed ones that will be refused."""
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")  # not loaded: no such layer can exist
     if isinstance(module, nn.Linear) or (pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D)):
         return True
     hqq = sys.modules.get("hqq.core.quantize")
-    return hqq is not None and isinstance(module, hqq.HQQLinear)
+    return (hqq is not None and isinstance(module, hqq.HQQLinear)) or why_not(module) is not None
 
 
 def is_transformers_model(model: nn.Module) -> bool:

@@ -375,11 +375,12 @@ def site_of(module: nn.Module, name: str = "", wanted: frozenset[str] | None = N
     """The Site of a module, or None where veneer has no view of it. `wanted`: the kinds a method supports."""
     from .attention import AttentionSite
     from .backends import site_of_backend
+    from .backends.refused import why_not
 
     if wanted is not None and "block" in wanted:
         return BlockSite(module, name)
     site: Site | None = site_of_backend(module, name)
-    if site is None:
+    if site is None and why_not(module) is None:
         if isinstance(module, nn.Linear):
             site = LinearSite(module, name)
         elif isinstance(module, nn.Embedding):

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from veneer.backends.refused import why_not
 from veneer.defaults import default_targets
 from veneer.errors import NoMatchingPeftModuleError, PeftWarning
 from veneer.graph import is_linear, is_transformers_model, name_tails, output_head
@@ -176,6 +177,9 @@ class _Search:
     def _supported(self, name: str, module: nn.Module, pattern: str) -> bool:
         if self.is_adaptable is None or self.is_adaptable(module):
             return True
+        reason = why_not(module)
+        if reason is not None:
+            raise ValueError(f"Target module {name} ({type(module).__name__}, matched by {pattern!r}): {reason}")
         if not self.given or pattern.lower() == ALL_LINEAR:
             return False
         raise ValueError(

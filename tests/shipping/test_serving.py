@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,7 @@ from veneer import IA3Config, LoraConfig, PromptTuningConfig
 from veneer.cli.app import app as command
 from veneer.errors import AdapterError
 from veneer.serving.api import Limits
+from veneer.serving.batch import groups
 from veneer.serving.engine import Busy, Engine
 from veneer.serving.jobs import Event, Job, sample
 from veneer.serving.load import load_served
@@ -141,6 +143,36 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass() -> None:
     job = Job([1], None, lambda e: None, temperature=1.0, top_p=0.6, seed=0)
     seen = {sample(logits, job) for _ in range(200)}
     assert seen == {0, 1}
+
+
+def test_prompts_of_like_lengths_are_read_together() -> None:
+    assert groups([60, 10, 62, 11], call=5) == [[1, 3], [0, 2]]
+    assert groups([60, 10, 62, 11], call=500) == [[1, 3, 0, 2]]
+    assert groups([]) == []
+
+    def cost(cut: list[list[int]], lengths: list[int]) -> int:
+        return sum(len(g) * max(lengths[i] for i in g) + 20 for g in cut)
+
+    draw = torch.Generator().manual_seed(0)
+    for size in range(1, 8):
+        lengths = torch.randint(1, 90, (size,), generator=draw).tolist()
+        found = groups(lengths, call=20)
+        assert sorted(i for g in found for i in g) == list(range(size))
+        order = sorted(range(size), key=lambda i: lengths[i])
+        every = []
+        for marks in range(2 ** (size - 1)):
+            cuts = [0, *(i + 1 for i in range(size - 1) if marks >> i & 1), size]
+            every.append([order[a:b] for a, b in itertools.pairwise(cuts)])
+        assert cost(found, lengths) == min(cost(cut, lengths) for cut in every)
+
+
+def test_a_prompt_costs_one_row_of_logits(served: tuple[Any, Any], running: Running) -> None:
+    shapes = []
+    head = served[0].get_output_embeddings()
+    hook = head.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape[:2])))
+    running.client().completions.create(model="red", prompt=PROMPTS[1], max_tokens=2)
+    hook.remove()
+    assert shapes[0] == (1, 1)
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

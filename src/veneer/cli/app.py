@@ -22,6 +22,7 @@ from veneer.cli.merge import merge
 from veneer.cli.methods import methods
 from veneer.cli.plan import plan
 from veneer.cli.predict import predict
+from veneer.cli.publish import pull, push
 from veneer.cli.quickstart import quickstart
 from veneer.cli.run_as_peft import NAME, run_as_peft
 from veneer.cli.serve import serve
@@ -89,6 +90,8 @@ for command in (
     extract,
     export,
     check,
+    push,
+    pull,
     serve,
 ):
     app.command()(command)

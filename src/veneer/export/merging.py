@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,32 +70,62 @@ def merge_to_folder(
     name = base or config.base_model_name_or_path
     if not name:
         raise AdapterError(f"{folder} does not name its base model; give it with --base")
-    kind = None if dtype is None else getattr(torch, dtype)
     packed = _packed(str(name), into, dtype)
-    loss: dict[str, Any] = {}
+    kind = None if dtype is None else getattr(torch, dtype)
+    asked = _Asked(adapter, base, str(name), folder, config, partial, kind, safe, samples, into, packed)
+    done = _write(asked, on_shard)
+    allowed = {packed: math.inf} if packed is not None else tolerance or {}
     try:
-        if packed is not None:
-            raise Unmappable(f"its merged weights are quantised anew ({packed})")
-        mapped = _map(str(name), config, folder)
-    except Unmappable as error:
-        why = str(error)
-        if packed is not None:
-            opened = open_adapter(adapter, base, need_base=True, quantize=into)
-            model, tokenizer, before, loss = _quantised(opened, partial, safe, samples)
-            stored, tolerance = packed, {packed: math.inf}
-        else:
-            model, tokenizer, before, stored = _load_whole(adapter, base, partial, kind, safe, samples)
-    else:
-        why = ""
-        model, tokenizer, before, stored = _stream(mapped, folder, config, partial, kind, safe, samples, on_shard)
-    try:
-        found = _check(model, partial, tokenizer, before, stored, samples, tolerance or {}, out)
-        _finish(partial, folder, tokenizer, found, str(name))
-        told = _write_loss(partial, loss)
+        found = _check(done.cls, partial, done.tokenizer, done.before, done.stored, samples, allowed, out)
+        _finish(partial, folder, done.tokenizer, found, str(name))
+        told = _write_loss(partial, done.loss)
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return Merged(out, found, not why, why, told)
+    return Merged(out, found, not done.why, done.why, told)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """base: as it was given; name: of the base that is used. packed: how the merged weights are quantised."""
+
+    adapter: str
+    base: str | None
+    name: str
+    folder: Path
+    config: Any
+    partial: Path
+    dtype: Any
+    safe: bool
+    samples: Sequence[str]
+    into: str | None
+    packed: str | None
+
+
+@dataclass
+class _Written:
+    """Merged files that are not checked yet. cls reads them; before: outputs of base and adapter; stored: the dtype, or
+    the way of quantising; why: the reason for which it was not streamed."""
+
+    cls: Any
+    tokenizer: Any
+    before: Any
+    stored: str
+    why: str = ""
+    loss: dict[str, Any] = field(default_factory=dict)
+
+
+def _write(asked: _Asked, on_shard: Callable[[str, bool], None] | None) -> _Written:
+    """The merged weights into `partial`: streamed where that can be."""
+    try:
+        if asked.packed is not None:
+            raise Unmappable(f"its merged weights are quantised anew ({asked.packed})")
+        mapped = _map(asked.name, asked.config, asked.folder)
+    except Unmappable as error:
+        done = _load_whole(asked) if asked.packed is None else _quantised(asked, asked.packed)
+        done.why = str(error)
+        return done
+    return _stream(mapped, asked, on_shard)
 
 
 def _packed(name: str, into: str | None, dtype: str | None) -> str | None:
@@ -121,18 +151,19 @@ def _packed(name: str, into: str | None, dtype: str | None) -> str | None:
     return packed
 
 
-def _quantised(opened: Any, partial: Path, safe: bool, samples: Sequence[str]) -> tuple[Any, Any, Any, dict[str, Any]]:
+def _quantised(asked: _Asked, packed: str) -> _Written:
     """As `_load_whole`, and what quantising the merged weights anew cost: layer -> MergeError."""
+    opened = open_adapter(asked.adapter, asked.base, need_base=True, quantize=asked.into)
     tokenizer = _tokenizer(opened.folder, None, opened.base_name)
-    before = outputs(opened.model, tokenizer, samples)
+    before = outputs(opened.model, tokenizer, asked.samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)  # said by the caller
-        opened.model.merge_adapter(safe_merge=safe)
+        opened.model.merge_adapter(safe_merge=asked.safe)
         loss = opened.model.base_model.merge_errors()
         merged = opened.model.merge_and_unload()
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial, save_original_format=False)  # transformers cannot go back from packed weights
-    return type(merged), tokenizer, before, loss
+    shutil.rmtree(asked.partial, ignore_errors=True)
+    merged.save_pretrained(asked.partial, save_original_format=False)  # transformers cannot go back from packed weights
+    return _Written(type(merged), tokenizer, before, packed, loss=loss)
 
 
 def _write_loss(partial: Path, loss: dict[str, Any]) -> str:
@@ -181,19 +212,17 @@ def local_folder(ref: Any) -> Path:
         return Path(snapshot_download(source, revision=ref.revision, allow_patterns=kinds))
 
 
-def _stream(
-    mapped: _Mapped, folder: Path, config: Any, partial: Path, dtype: Any, safe: bool, samples: Sequence[str],
-    on_shard: Callable[[str, bool], None] | None,
-) -> tuple[Any, Any, Any, str]:  # fmt: skip
+def _stream(mapped: _Mapped, asked: _Asked, on_shard: Callable[[str, bool], None] | None) -> _Written:
     from ..auto import AutoPeftModel
     from ..model import PeftModel
 
+    folder, partial, dtype, safe = asked.folder, asked.partial, asked.dtype, asked.safe
     tokenizer = _tokenizer(folder, mapped.folder)
     AutoPeftModel._resize(mapped.model, folder)
     cls = type(mapped.model)
-    model = PeftModel.from_pretrained(mapped.model, str(folder), config=config).eval()
+    model = PeftModel.from_pretrained(mapped.model, str(folder), config=asked.config).eval()
     if model.prompt_configs is not None:
-        raise AdapterError(f"{config.peft_type} adds tokens to the input and has no weights to merge")
+        raise AdapterError(f"{asked.config.peft_type} adds tokens to the input and has no weights to merge")
     mark = fingerprint_of(folder, mapped.folder, shards(mapped.folder), dtype=str(dtype), safe=safe)
     base = model.get_base_model()
     try:
@@ -202,21 +231,19 @@ def _stream(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     stored = str(dtype or mapped.model.dtype).removeprefix("torch.")
-    return cls, tokenizer, outputs(model, tokenizer, samples), stored
+    return _Written(cls, tokenizer, outputs(model, tokenizer, asked.samples), stored)
 
 
-def _load_whole(
-    adapter: str, base: str | None, partial: Path, dtype: Any, safe: bool, samples: Sequence[str]
-) -> tuple[Any, Any, Any, str]:
+def _load_whole(asked: _Asked) -> _Written:
     """The same with the model in memory, for files that cannot be mapped."""
-    opened = open_adapter(adapter, base, need_base=True)
+    opened = open_adapter(asked.adapter, asked.base, need_base=True)
     tokenizer = _tokenizer(opened.folder, None, opened.base_name)
-    before = outputs(opened.model, tokenizer, samples)
-    merged = opened.model.merge_and_unload(safe_merge=safe)
-    merged = merged if dtype is None else merged.to(dtype)
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
-    return type(merged), tokenizer, before, str(merged.dtype).removeprefix("torch.")
+    before = outputs(opened.model, tokenizer, asked.samples)
+    merged = opened.model.merge_and_unload(safe_merge=asked.safe)
+    merged = merged if asked.dtype is None else merged.to(asked.dtype)
+    shutil.rmtree(asked.partial, ignore_errors=True)
+    merged.save_pretrained(asked.partial)
+    return _Written(type(merged), tokenizer, before, str(merged.dtype).removeprefix("torch."))
 
 
 def _tokenizer(adapter: Path, base: Path | None, name: str = "") -> Any:

@@ -9,7 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Batch"]
+__all__ = ["Batch", "groups"]
+
+CALL = 32
+"""What a call of the model costs beside its tokens, in tokens: reading the weights."""
+
+
+def groups(lengths: Sequence[int], call: int = CALL) -> list[list[int]]:
+    """Positions of prompts that are read together, so that what is read, padding and calls included, is least: of
+    prompts in the order of their length, the best places to cut."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best: list[tuple[int, int]] = [(0, 0)]  # of the first n: the least cost, and where its last group begins
+    for end in range(1, len(order) + 1):
+        longest = lengths[order[end - 1]]
+        best.append(min((best[k][0] + (end - k) * longest + call, k) for k in range(end)))
+    out, end = [], len(order)
+    while end:
+        start = best[end][1]
+        out.append(order[start:end])
+        end = start
+    return out[::-1]
 
 
 class Batch:

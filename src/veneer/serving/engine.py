@@ -1,10 +1,12 @@
 """The engine: one thread that runs the model for all requests together, each row with its own adapter.
 
-New requests are prefilled in one call and join the batch between two steps; finished ones leave it.
+New requests are prefilled together, those of like lengths in one call, and join the batch between two steps; finished
+ones leave it.
 """
 
 from __future__ import annotations
 
+import inspect
 import queue
 import threading
 import time
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 
 from ..context import BASE
 from ..errors import AdapterError
-from .batch import Batch
+from ..model import PeftModel
+from .batch import Batch, groups
 from .encode import Encoder, Reading
 from .jobs import Event, Job, sample
 from .pool import Pool
@@ -55,6 +58,8 @@ class Engine:
         self.active: list[Job] = []
         self.batch = Batch()
         self.encoder = Encoder(pooling, max_batch)
+        keeps = "logits_to_keep" in inspect.signature(type(_plain(self.model)).forward).parameters
+        self._last_only: dict[str, int] = {"logits_to_keep": 1} if keeps else {}  # a prompt's other logits are not used
         self.counts: Counter[tuple[str, str]] = Counter()
         self.steps, self.busy_seconds = 0, 0.0
         self._orders: list[tuple[Callable[[], bool], Future[None]]] = []
@@ -186,8 +191,8 @@ class Engine:
             with torch.inference_mode():
                 if self.active:
                     self._step()
-                if new:
-                    self._prefill(new)
+                for rows in groups([len(j.prompt) for j in new]):
+                    self._prefill([new[i] for i in rows])
                 self.encoder.step(self._call)
         except FAILURES as error:
             why = f"{type(error).__name__}: {error}"
@@ -255,7 +260,8 @@ class Engine:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         cache = DynamicCache()
         out = self._call(
-            jobs, input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            jobs, input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            **self._last_only,
         )  # fmt: skip
         chosen = torch.tensor([sample(row, j) for row, j in zip(out.logits[:, -1], jobs)], device=device)
         self.batch.join(cache, mask, chosen[:, None])
@@ -279,6 +285,11 @@ class Engine:
         if len(left) < len(self.active):
             self.active = [self.active[i] for i in left]
             self.batch.keep(left)
+
+
+def _plain(model: Any) -> Any:
+    """The base model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _fixed(model: Any) -> Pool:
