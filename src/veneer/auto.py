@@ -48,6 +48,7 @@ class AutoPeftModel:
     ) -> Any:
         """Load the base that the adapter's config names (kwargs go there), then the adapter.
 
+        What `veneer train` wrote into the adapter's folder is read too (label names); bundled bases go by their name.
         import_allowlist: modules that the config's auto_mapping may import the base's class from, beside those of
         transformers, diffusers, sentence-transformers and timm. A tokenizer saved beside the adapter decides the
         vocabulary: the base's embeddings are resized to it. Raises ValueError where the adapter is for another task,
@@ -65,7 +66,8 @@ class AutoPeftModel:
                 "the correct model for your task type."
             )
         base_kwargs = {k: v for k, v in kwargs.items() if k not in _OWN}
-        base = cls._base(cfg, task, base_kwargs, import_allowlist)
+        source, told = cls._told(pretrained_model_name_or_path, cfg)
+        base = cls._base(cfg, task, source, {**told, **base_kwargs}, import_allowlist)
         cls._resize(base, pretrained_model_name_or_path)
         return TASKS.get(task, PeftModel).from_pretrained(
             base,
@@ -78,13 +80,29 @@ class AutoPeftModel:
         )
 
     @classmethod
-    def _base(cls, cfg: PeftConfig, task: str | None, kwargs: dict[str, Any], allowed: Sequence[str]) -> Any:
-        import transformers
-
+    def _told(cls, folder: str | os.PathLike, cfg: PeftConfig) -> tuple[str, dict[str, Any]]:
+        """Where the base is, and what its config is given beside: labels, and what kind they are."""
         if not cfg.base_model_name_or_path:
             raise AdapterError(
                 "the adapter's config names no base model (base_model_name_or_path); load the base yourself"
             )
+        name = str(cfg.base_model_name_or_path)
+        from .train.bases import BUNDLED, resolve_base, source_of
+
+        if name in BUNDLED and not os.path.exists(name):
+            name = source_of(resolve_base(name))
+        if not os.path.isfile(os.path.join(os.fspath(folder), "task.json")):
+            return name, {}
+        from .train.use import config_of
+
+        return name, config_of(os.fspath(folder))
+
+    @classmethod
+    def _base(
+        cls, cfg: PeftConfig, task: str | None, source: str, kwargs: dict[str, Any], allowed: Sequence[str]
+    ) -> Any:
+        import transformers
+
         if task is not None:
             maker: Any = getattr(transformers, _AUTO[task])
         else:
@@ -101,7 +119,10 @@ class AutoPeftModel:
                     f"runs code: pass import_allowlist=[{library!r}] only if you trust it, or load the base yourself"
                 )
             maker = getattr(importlib.import_module(library), mapping["base_model_class"])
-        return maker.from_pretrained(cfg.base_model_name_or_path, revision=cfg.revision or "main", **kwargs)
+        base = maker.from_pretrained(source, revision=cfg.revision or "main", **kwargs)
+        if source != cfg.base_model_name_or_path:  # the name that was asked for, not a package's folder
+            base.name_or_path = base.config._name_or_path = cfg.base_model_name_or_path
+        return base
 
     @staticmethod
     def _resize(base: Any, source: str | os.PathLike) -> None:

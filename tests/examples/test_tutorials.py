@@ -42,6 +42,16 @@ LESSONS = {
 }
 
 
+#: pages of programs: what each prints of what it measured
+PROGRAMS = {
+    "speech_and_images": [
+        r"accuracy: (\S+) before, (\S+) after",
+        r"note errors three semitones higher: (\S+) before, (\S+) after",
+        r"exact match: (\S+) before, (\S+) after",
+    ]
+}
+
+
 def commands(page: Path) -> str:
     """Every fenced `sh` block of a page, one after the other."""
     return "".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.M | re.S))
@@ -55,19 +65,25 @@ def real_data(name: str) -> Path:
     return root
 
 
+def run_page(name: str, folder: Path) -> str:
+    """What a page's commands print, run in ``folder``."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    script = SHELL.format(python=sys.executable) + commands(PAGES / f"{name}.md")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    done = subprocess.run(
+        ["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True, timeout=1500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LESSONS)
 def test_a_tutorials_commands_run(name: str, tmp_path: Path) -> None:
     lesson = LESSONS[name]
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
     if lesson.data is not None:
         (tmp_path / "data").symlink_to(real_data(lesson.data))
-    script = SHELL.format(python=sys.executable) + commands(PAGES / f"{name}.md")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    done = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1500, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    run_page(name, tmp_path)
     result = json.loads((tmp_path / "runs" / lesson.run / "result.json").read_text(encoding="utf-8"))
     before, after = (result[when][lesson.metric] for when in ("before", "after"))
     gained = after - before
@@ -75,9 +91,22 @@ def test_a_tutorials_commands_run(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "runs" / lesson.run / "report.html").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_pages_programs_learn_and_load_back(name: str, tmp_path: Path) -> None:
+    printed = run_page(name, tmp_path)
+    for line in PROGRAMS[name]:
+        found = re.search(line, printed)
+        assert found, (line, printed)
+        before, after = map(float, found.groups())
+        better, worse = (before, after) if "errors" in line else (after, before)
+        assert better >= worse + 0.4, found[0]
+    assert printed.count("loaded back: equal") == len(PROGRAMS[name]) == commands(PAGES / f"{name}.md").count("python")
+
+
 def test_every_page_is_run_and_listed() -> None:
     pages = {page.stem for page in PAGES.glob("*.md")} - {"README"}
-    assert pages == set(LESSONS)
+    assert pages == set(LESSONS) | set(PROGRAMS)
     listed = set(re.findall(r"\]\((\w+)\.md\)", (PAGES / "README.md").read_text(encoding="utf-8")))
     assert listed == pages
 

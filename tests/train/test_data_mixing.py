@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_train import write_jsonl
+from tiny_train import chat, plan_of, write_jsonl
+from transformers import AutoTokenizer
 
 from veneer.train import Recipe, RecipeError, load_recipe, run
 from veneer.train.data import Table, load_tables
+from veneer.train.encode import IGNORE
 from veneer.train.errors import DataError
 from veneer.train.outlook import outlook
 from veneer.train.recipe import DataSpec, build_recipe
@@ -188,10 +191,81 @@ def test_columns_are_checked_with_the_place_in_the_recipe(
     assert "no column 'aa'" in error.problem
     error = refused("{prompt: q, complexion: a}")
     assert error.near == "completion"
-    error = refused("{text: q}")
-    assert "has text where" in error.problem
     error = refused("{prompt: q, completion: a}", "  filter: {lnag: en}\n")
     assert (error.key, error.near) == ("data.filter.lnag", "lang")
+
+
+@pytest.fixture
+def kinds(tmp_path: Path) -> list[dict[str, Any]]:
+    """Chats, prompts with completions, and texts."""
+    chats = write_jsonl(tmp_path / "chats.jsonl", [chat(f"one {number}", "red") for number in range(4)])
+    pairs = write_jsonl(tmp_path / "pairs.jsonl", [{"question": "two", "answer": f"blue {n}"} for n in range(3)])
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"three four {number}"} for number in range(2)])
+    columns = {"prompt": "question", "completion": "answer"}
+    return [{"path": str(chats)}, {"path": str(pairs), "columns": columns}, {"path": str(texts)}]
+
+
+def test_chats_prompts_and_texts_mix(causal: Callable[..., Recipe], kinds: list[dict[str, Any]], llama: Path) -> None:
+    recipe = causal(data={"train": kinds}, train={"max_steps": 1, "use_cpu": True})
+    plan, tokenizer = plan_of(recipe), AutoTokenizer.from_pretrained(llama)
+    rows = plan.train.to_list()
+    assert len(rows) == 9
+    learned = [tokenizer.decode([token for token in row["labels"] if token != IGNORE]) for row in rows]
+    assert learned[0] == "red<|im_end|>"
+    assert learned[4] == "blue 0<|im_end|>"
+    assert learned[7].endswith("three four 0<|im_end|>"[1:])
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    assert [row["input_ids"][0] == start for row in rows] == [True] * 4 + [False] * 5
+    alone = [row for source in kinds for row in plan_of(causal(data={"train": [source]})).train.to_list()]
+    assert rows == alone
+
+
+def test_prompts_as_chats(causal: Callable[..., Recipe], kinds: list[dict[str, Any]], tmp_path: Path) -> None:
+    same = write_jsonl(tmp_path / "same.jsonl", [chat("two", f"blue {number}") for number in range(3)])
+    wanted = plan_of(causal(data={"train": str(same)}))
+    found = plan_of(causal(data={"train": kinds[1:2]}, options={"as_chat": True}))
+    assert found.train.to_list() == wanted.train.to_list()
+    assert found.stop_ids == wanted.stop_ids
+    assert found.asking == wanted.asking
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_of_several_kinds(causal: Callable[..., Recipe], kinds: list[dict[str, Any]], streaming: bool) -> None:
+    weighed = [{**source, "weight": 1} for source in kinds]
+    data = {"train": weighed, "streaming": True, "test": kinds[0]["path"]} if streaming else {"train": kinds}
+    data |= {} if streaming else {"split": 0.4}
+    result = run(causal(data=data, train={"max_steps": 2, "use_cpu": True}, eval__max_new_tokens=3))
+    assert result.after["loss"] > 0
+    assert len(result.samples) == (4 if streaming else 3)  # prompts of test rows; a text has none
+
+
+@pytest.mark.parametrize(
+    ("number", "row", "words"),
+    [
+        (0, {"messages": [{"role": "user", "content": "one"}]}, r"chats\.jsonl:5: no turn of the assistant"),
+        (1, {"question": "two", "answer": " "}, r"pairs\.jsonl:4: 'answer' is empty"),
+        (1, {"question": "two"}, r"pairs\.jsonl:4: no 'answer'"),
+        (2, {"text": None}, r"texts\.jsonl:3: 'text' is null"),
+        (1, {"question": "two " * 300, "answer": "x"}, r"pairs\.jsonl:4: nothing to learn is left after cutting"),
+    ],
+)
+def test_what_is_wrong_in_a_mixture_is_told_by_file_and_line(
+    causal: Callable[..., Recipe], kinds: list[dict[str, Any]], number: int, row: dict[str, Any], words: str
+) -> None:
+    path = Path(kinds[number]["path"])
+    path.write_text(path.read_text() + json.dumps(row) + "\n")
+    with pytest.raises(DataError, match=words):
+        plan_of(causal(data={"train": kinds}))
+
+
+def test_kinds_that_do_not_mix(causal: Callable[..., Recipe], kinds: list[dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"rows have messages or prompt\+completion or text"):
+        plan_of(causal(data={"train": kinds}, options={"packing": "chunk"}))
+    asked = write_jsonl(tmp_path / "a.jsonl", [{"q": "a", "chosen": "b", "rejected": "c"}])
+    unasked = write_jsonl(tmp_path / "b.jsonl", [{"chosen": "b", "rejected": "c"}])
+    both = [{"path": str(asked), "columns": {"prompt": "q"}}, {"path": str(unasked)}]
+    with pytest.raises(RecipeError, match=r"b\.jsonl has chosen\+rejected where .*a\.jsonl has prompt\+chosen"):
+        causal(task="dpo", data={"train": both})
 
 
 def test_a_mixed_run_says_what_came_from_where(causal: Callable[..., Recipe], sources: tuple[Path, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from veneer.train import Recipe, RecipeError, run, stream
 from veneer.train.errors import DataError
 from veneer.train.outlook import outlook
 from veneer.train.prepare import prepare
-from veneer.train.stream import Mark, RowStream, open_stream
+from veneer.train.stream import Mark, RowStream, Stream, open_stream
 
 SMALL = {"r": 2, "target_modules": ["q_proj"]}
 STEPS = {"max_steps": 3, "use_cpu": True, "per_device_train_batch_size": 4}
@@ -76,9 +77,11 @@ def test_filters_and_limits_of_a_stream(causal: Callable[..., Recipe], tmp_path:
 def test_a_stream_cut_twice_ends_the_same(
     causal: Callable[..., Recipe], chats: Path, tmp_path: Path, small_chunks: None, packing: str
 ) -> None:
-    """7 steps of 8 rows go more than twice through 24; with dropout, and masks of packed rows."""
+    """7 steps of 8 rows go more than twice through 24; with dropout, and masks of packed rows, and rows of like lengths
+    together in windows of two steps.
+    """
     adapter = {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.3}
-    data = {"train": str(chats), "test": str(chats), "streaming": True, "shuffle_buffer": 10, "max_length": 120}
+    data = {"train": str(chats), "test": str(chats), "streaming": True, "shuffle_buffer": 20, "max_length": 120}
 
     def recipe(out: str) -> Recipe:
         return causal(out=out, adapter=adapter, data=data, train=TRAIN, options={"packing": packing},
@@ -97,7 +100,7 @@ def test_every_task_streams_and_goes_on(
     options = {"stride": 4} if task == "question-answering" else {}
 
     def recipe(out: str) -> Recipe:
-        data = {"train": str(path), "test": str(path), "streaming": True, "shuffle_buffer": 7}
+        data = {"train": str(path), "test": str(path), "streaming": True, "shuffle_buffer": 17}
         return recipe_for(task, path, base, out=out, data=data, train=TRAIN, options=options, eval={"generate": False})
 
     check_same(*stop_and_go(recipe, tmp_path, [3, 6]))
@@ -120,10 +123,56 @@ def test_a_process_that_reads_ahead_gives_the_same(
 
 def test_what_a_checkpoint_says_of_a_stream() -> None:
     found = stream.Stream.__new__(stream.Stream)
-    found.marks = [Mark(0, 0), Mark(5, 5), Mark(9, 10)]
+    found.marks, found.window = [Mark(0, 0), Mark(5, 5), Mark(9, 10)], 1
     assert [found.mark(features) for features in (0, 4, 5, 8, 9, 30)] == [
         Mark(0, 0), Mark(0, 0), Mark(5, 5), Mark(5, 5), Mark(9, 10), Mark(9, 10)
     ]  # fmt: skip
+    found.window = 6  # the window of the features 6 to 11 begins in the chunk that begins with 5
+    assert [found.mark(features) for features in (5, 6, 11, 12)] == [Mark(0, 0), Mark(5, 5), Mark(5, 5), Mark(9, 10)]
+
+
+def lengths_of(path: Path, count: int) -> Path:
+    draw = random.Random(0)
+    return write_jsonl(path, [{"prompt": f"a{n}", "completion": "red " * draw.randint(1, 40)} for n in range(count)])
+
+
+def opened(causal: Callable[..., Recipe], path: Path, tmp_path: Path, **more: Any) -> Stream:
+    data = {"train": str(path), "streaming": True, "shuffle_buffer": 64, **more.pop("data", {})}
+    found = prepare(causal(data=data, train={**STEPS, **more}), tmp_path).plan.stream
+    assert found is not None
+    return found
+
+
+def test_steps_of_a_stream_have_rows_of_like_lengths(
+    causal: Callable[..., Recipe], tmp_path: Path, small_chunks: None
+) -> None:
+    path = lengths_of(tmp_path / "rows.jsonl", 192)
+
+    def read(**more: Any) -> tuple[float, list[list[int]]]:
+        found = opened(causal, path, tmp_path, **more)
+        lengths = [feature["length"] for feature in itertools.islice(found, 192)]
+        batches = [lengths[first : first + 4] for first in range(0, 192, 4)]
+        return sum(max(batch) * 4 for batch in batches) / sum(lengths), batches
+
+    padded, batches = read()
+    plain, unsorted = read(train_sampling_strategy="random")
+    assert padded < 1.12 < 1.3 < plain
+    assert sorted(itertools.chain(*batches)) == sorted(itertools.chain(*unsorted))  # 192 is three windows of 64
+    rising = sum(sum(b) > sum(a) for a, b in itertools.pairwise(batches))
+    assert 12 < rising < 36  # and no trend
+    assert read(data={"shuffle_buffer": 1})[0] > 1.3  # a buffer of one row leaves them in their order
+
+
+def test_a_stream_by_length_goes_on_anywhere(causal: Callable[..., Recipe], tmp_path: Path, small_chunks: None) -> None:
+    path, same = lengths_of(tmp_path / "rows.jsonl", 50), {"data": {"shuffle_buffer": 12}}
+    whole = opened(causal, path, tmp_path, **same)
+    assert whole.window == 12
+    wanted = list(itertools.islice(whole, 130))
+    assert len({str(feature["input_ids"]) for feature in wanted}) == 50
+    for seen in (1, 11, 12, 13, 64, 99):
+        again = opened(causal, path, tmp_path, **same)
+        again.resume(seen, whole.mark(seen))
+        assert list(itertools.islice(again, seen, 130)) == wanted[seen:], seen
 
 
 def test_going_on_makes_no_tokens_of_what_was_seen(

@@ -39,6 +39,19 @@ def test_value_and_gradient(chunk: int, bias: bool) -> None:
     torch.testing.assert_close(cross_entropy_reference(h, W, b, targets).double(), theirs, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16])
+def test_autocast_is_that_of_a_linear_layer(hidden: torch.dtype) -> None:
+    torch.manual_seed(0)
+    h, W, targets = torch.randn(20, 16, dtype=hidden), torch.randn(40, 16), torch.randint(0, 40, (20,))
+    mine, theirs = h.clone().requires_grad_(), h.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = chunked_cross_entropy(mine, W, None, targets), cross_entropy_reference(theirs, W, None, targets)
+        torch.testing.assert_close(found, wanted)
+        found.backward()
+        wanted.backward()
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=2e-2, atol=2e-2)
+
+
 def test_chunks_are_of_a_size_and_of_bounded_logits() -> None:
     for rows in (0, 1, 15, 341, 342, 1024, 5000):
         chunk = rows_at_once(rows, 49152, "cpu")

@@ -32,11 +32,12 @@ def losses(causal: Callable[..., Recipe], folder: Path, **train: Any) -> list[fl
         {"optimizer_in_backward": True, "optim": "sgd", "weight_decay": 0.1},
         {"activation_checkpointing": True},
         {"activation_checkpointing": True, "optimizer_in_backward": True},
+        {"mlp_checkpointing": True, "return_memory": True},
     ],
     ids=lambda train: " ".join(map(str, train.values())),
 )
 def test_same_losses(causal: Callable[..., Recipe], tmp_path: Path, train: dict[str, Any]) -> None:
-    switches = ("optimizer_in_backward", "activation_checkpointing")
+    switches = ("optimizer_in_backward", "activation_checkpointing", "mlp_checkpointing", "return_memory")
     plain = {key: value for key, value in train.items() if key not in switches}
     expected = losses(causal, tmp_path / "a", **plain)
     assert losses(causal, tmp_path / "b", **train) == pytest.approx(expected, rel=1e-5)

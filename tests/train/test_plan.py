@@ -84,7 +84,7 @@ def test_repeated_and_leaked_rows(causal: Callable[..., Recipe], tmp_path: Path)
 def test_cut_answers(causal: Callable[..., Recipe], tmp_path: Path) -> None:
     rows = [chat("one", "red"), chat("two", "blue " * 60)]
     found = warnings_of(causal, tmp_path, rows, data={"max_length": 40})
-    assert "1 row end without a token that ends an answer" in found
+    assert "1 row (rows.jsonl:2 first; 1 row cut to 40 tokens) ends without a token that ends an answer" in found
     assert "repeat" not in found
 
 
@@ -97,7 +97,9 @@ def test_a_start_token_written_twice(causal: Callable[..., Recipe], tmp_path: Pa
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     text = [{"text": "<|im_start|><|im_start|>one two"}, {"text": "three four"}]
-    assert "1 row (row 1 first) begin with <|im_start|> twice" in warnings_of(causal, tmp_path, text, base=str(folder))
+    assert "1 row (rows.jsonl:1 first) begins with <|im_start|> twice" in warnings_of(
+        causal, tmp_path, text, base=str(folder)
+    )
 
 
 def test_a_pattern_that_matches_nothing(causal: Callable[..., Recipe]) -> None:

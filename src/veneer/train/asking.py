@@ -32,11 +32,11 @@ class Asking:
     single: bool = False
 
 
-def asking_of(table: Table) -> Asking:
-    """Read training rows of messages, prompts or texts for how they ask."""
+def asking_of(table: Table, as_chat: bool = False) -> Asking:
+    """Read training rows of messages, prompts or texts for how they ask; ``as_chat``: prompts were asked as chats."""
     conversations = [turns for turns in _conversations(table) if turns is not None]
     if not conversations:
-        return Asking(chat=False, single=True)
+        return Asking(chat=as_chat and "prompt" in table.layout.columns, single=True)
     systems: set[str | None] = set()
     single = True
     for turns in conversations:
@@ -53,7 +53,7 @@ def _conversations(table: Table) -> Iterator[list[dict[str, str]] | None]:
         for row in table.dataset:
             chat = are_messages(row["chosen"]) or are_messages(row.get("prompt"))
             yield conversation(row, "chosen")[0] if chat else None
-    elif table.layout.kind == "messages":
+    elif "messages" in table.layout.columns:
         yield from table.dataset["messages"]
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "quiet",
     "resolve_base",
     "safe_pad",
+    "source_of",
 ]
 
 
@@ -133,6 +134,11 @@ def _source(ref: BaseRef) -> tuple[str, dict[str, Any]]:
     if ref.kind == "folder":
         return str(ref.path), {**more, "local_files_only": True}
     return ref.name, {**more, "revision": ref.revision}
+
+
+def source_of(ref: BaseRef) -> str:
+    """What `from_pretrained` finds a base by: its folder (of a GGUF file the one of its plain weights) or hub id."""
+    return _source(ref)[0]
 
 
 @contextlib.contextmanager

@@ -50,8 +50,10 @@ def _shown(results: Iterator[Any], spans: list[tuple[int, int]]) -> Iterator[Any
     from rich.console import Console
     from rich.progress import Progress
 
+    from veneer.train.screen import redraws
+
     console, began = Console(stderr=True), time.monotonic()
-    bar = Progress(console=console, transient=True) if console.is_terminal else None
+    bar = Progress(console=console, transient=True) if redraws(console) else None
     task = None
     try:
         for (_, last), result in zip(spans, results, strict=True):

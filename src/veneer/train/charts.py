@@ -115,31 +115,23 @@ def line_chart(
     parts = [Markup('<svg class="chart" viewBox="0 0 {} {}" role="img">').format(width, height)]
     parts.append(Markup("<title>{}</title>").format(title))
     parts += _axes(px, py, ticks(x0, x1, width // 85), ticks(y0, y1, height // 45), (width, height), x_name)
-    data = []
     for s in kept:
-        pixels = [(px(x), py(y)) for x, y in s.points]
-        path = " ".join(f"{'L' if i else 'M'}{x} {y}" for i, (x, y) in enumerate(pixels))
-        parts.append(Markup('<path class="line {}" d="{}"/>').format(s.css, path))
-        if len(pixels) <= 40:
-            dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.4"/>')
-            parts += [dot.format(s.css, x, y) for x, y in pixels]
-        data.append({"name": s.name, "css": s.css, "points": [[x, _short(y)] for x, y in s.points]})
+        parts += _curve(s.css, [(px(x), py(y)) for x, y in s.points])
     parts.append(Markup('<line class="cursor" y1="{}" y2="{}"/>').format(TOP, height - BOTTOM))
     parts.append(Markup("</svg>"))
-    frame = {
-        "x0": x0,
-        "x1": x1,
-        "left": LEFT,
-        "right": RIGHT,
-        "width": width,
-        "unit": unit,
-        "x": x_name,
-        "series": data,
-    }
-    body = Markup("").join(parts)
+    data = [{"name": s.name, "css": s.css, "points": [[x, _short(y)] for x, y in s.points]} for s in kept]
+    frame = {"x0": x0, "x1": x1, "left": LEFT, "right": RIGHT, "width": width, "unit": unit, "x": x_name}
     return Markup('<div class="plot" data-plot="{}">{}<div class="tip" hidden></div></div>').format(
-        json.dumps(frame, separators=(",", ":")), body
+        json.dumps(frame | {"series": data}, separators=(",", ":")), Markup("").join(parts)
     )
+
+
+def _curve(css: str, pixels: Sequence[tuple[float, float]]) -> list[Markup]:
+    """A line through the points, and a dot on each where they are few."""
+    path = " ".join(f"{'L' if i else 'M'}{x} {y}" for i, (x, y) in enumerate(pixels))
+    dot = Markup('<circle class="dot {}" cx="{}" cy="{}" r="2.4"/>')
+    dots = [dot.format(css, x, y) for x, y in pixels] if len(pixels) <= 40 else []
+    return [Markup('<path class="line {}" d="{}"/>').format(css, path), *dots]
 
 
 def _short(value: float) -> float:

@@ -50,6 +50,9 @@ def _check_options(recipe: Recipe) -> None:
     if not cls.smooths and recipe.train.get("label_smoothing_factor"):
         hint = f"Leave it out; {recipe.task} has no cross entropy over labels."
         raise recipe.error("train", "label_smoothing_factor", problem="does not fit the task", hint=hint)
+    if recipe.options.get("class_weights") and recipe.train.get("label_smoothing_factor"):
+        problem, hint = "given beside `options.class_weights`, which it would leave out", "Keep one of the two."
+        raise recipe.error("train", "label_smoothing_factor", problem=problem, hint=hint)
 
 
 def _or(words: Sequence[str]) -> str:
@@ -57,11 +60,15 @@ def _or(words: Sequence[str]) -> str:
 
 
 def _check_train(recipe: Recipe) -> None:
+    from veneer.train.custom_loss import LossOptions, custom_loss
     from veneer.train.memory import MemoryOptions
     from veneer.train.optimizer import OptimizerOptions, optimizer_options
+    from veneer.train.stopping import StopOptions, check_stopping
 
-    taken = (fields.training_arguments_class(), OptimizerOptions, MemoryOptions)
+    taken = (fields.training_arguments_class(), OptimizerOptions, MemoryOptions, LossOptions, StopOptions)
     fields.check_options(taken, recipe.train, "train", recipe._source, owned=fields.OWNED_TRAIN)
+    custom_loss(recipe)
+    check_stopping(recipe)
     try:
         chosen = optimizer_options(recipe.train).optimizer
     except ValueError as error:

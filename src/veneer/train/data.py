@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.errors import DataError
-from veneer.train.layouts import Layout, check_columns, choose_layout, layouts_of
+from veneer.train.layouts import Layout, check_columns, choose_layout, joined, layouts_of
 from veneer.train.mixing import Group, describe, hold_out, mix
 from veneer.train.readers import Row, rows_with_lines
 from veneer.train.sources import SHIPPED, Part, Place, conll_columns, file_format, locate, parts_of
@@ -107,7 +107,8 @@ def table_of(path: Path, layout: Layout, rows: Sequence[tuple[Place, Row]], note
     import pyarrow
 
     try:
-        return Table(path, layout, datasets.Dataset.from_list([row for _, row in rows]), [p for p, _ in rows], notes)
+        even = [{role: row.get(role) for role in layout.columns} for _, row in rows]
+        return Table(path, layout, datasets.Dataset.from_list(even), [p for p, _ in rows], notes)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise DataError(f"the rows do not agree on their types: {error}", file=path) from error
 
@@ -120,12 +121,12 @@ def _load(spec: DataSpec, split: str, task: str, seed: int) -> tuple[Table, list
     rows: list[tuple[Place, Row]] = []
     groups: list[Group] = []
     notes: list[str] = []
-    for part, layout in zip(parts, layouts := layouts_of(parts, task)):
+    for part, layout in zip(parts, layouts := layouts_of(parts, task), strict=True):
         own, said = _read(part, layout, task, seed)
         groups.append(Group(part.path.name, list(range(len(rows), len(rows) + len(own))), part.source.weight))
         rows += own
         notes += said
-    table = table_of(parts[0].path, layouts[0], rows, tuple(notes))
+    table = table_of(parts[0].path, joined(layouts), rows, tuple(notes))
     return replace(table, workers=spec.workers), groups
 
 

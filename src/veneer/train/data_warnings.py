@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.encode import IGNORE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from datasets import Dataset
+
     from veneer.train.data import Table
     from veneer.train.prepare import Parts
     from veneer.train.recipe import Recipe
 
-__all__ = ["data_warnings"]
+__all__ = ["data_warnings", "row_for_row"]
 
 
 def data_warnings(recipe: Recipe, parts: Parts, train: Table, test: Table | None) -> list[str]:
     """One sentence each, with the number of rows and where the first of them is."""
-    found = [*_repeated(train, test), *_tokens(recipe, parts)]
+    found = [*_repeated(train, test), *_tokens(recipe, parts, train)]
     return [text for text in found if text]
 
 
+def row_for_row(recipe: Recipe, made: Dataset, table: Table) -> bool:
+    """Whether the rows made of a table's are one for each, in their order: neither put together nor cut up."""
+    joined = recipe.options.get("packing", "none") != "none"
+    joined = joined or (recipe.task == "masked-lm" and recipe.options.get("join", True))
+    return not joined and len(made) == len(table)
+
+
 def _texts(table: Table) -> list[str]:
-    return [json.dumps(row, sort_keys=True, ensure_ascii=False) for row in table.dataset]
+    rows = ({role: value for role, value in row.items() if value is not None} for row in table.dataset)
+    return [json.dumps(row, sort_keys=True, ensure_ascii=False) for row in rows]
 
 
 def _place(table: Table, row: int) -> str:
@@ -54,16 +67,18 @@ def _repeated(train: Table, test: Table | None) -> list[str]:
     return out
 
 
-def _tokens(recipe: Recipe, parts: Parts) -> list[str]:
+def _tokens(recipe: Recipe, parts: Parts, table: Table) -> list[str]:
     """What is odd about the rows as tokens."""
+    whole = row_for_row(recipe, parts.plan.train, table)
+    where = lambda row: str(table.places[row]) if whole else f"row {row + 1} of those made of {table.path.name}"
     train, tokenizer = parts.plan.train, parts.tokenizer
     columns = [name for name in train.column_names if name.endswith("input_ids")]
     out = []
     for name in columns:
         labels = f"{name.removesuffix('input_ids')}labels"
         if labels in train.column_names and isinstance(train[0][labels], list):
-            out += _labels(recipe, parts, train[name], train[labels])
-        out.append(_double_start(tokenizer, train[name]))
+            out += _labels(recipe, parts, train[name], train[labels], where)
+        out.append(_double_start(tokenizer, train[name], where))
     if tokenizer.pad_token_id is None:
         out.append("The tokenizer names no pad token; a safe one is chosen when the model is loaded.")
     elif tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -71,30 +86,40 @@ def _tokens(recipe: Recipe, parts: Parts) -> list[str]:
     return out
 
 
-def _labels(recipe: Recipe, parts: Parts, ids: Any, labels: Any) -> list[str]:
+def _labels(recipe: Recipe, parts: Parts, ids: Any, labels: Any, where: Callable[[int], str]) -> list[str]:
     limit = recipe.data.max_length
-    masked = [row for row, values in enumerate(labels) if all(label == IGNORE for label in values)]
+    ends = [_last_learned(values) for values in labels]
+    masked = [row for row, last in enumerate(ends) if not last]
     out = []
     if masked:
         cut = sum(len(ids[row]) >= limit for row in masked)
         why = f", {cut:,} of them because they were cut to {limit} tokens before the answer began" if cut else ""
-        out.append(f"{_rows(len(masked))} (row {masked[0] + 1} first) teach nothing: every label is masked{why}.")
+        word = "teaches" if len(masked) == 1 else "teach"
+        out.append(f"{_rows(len(masked))} ({where(masked[0])} first) {word} nothing: every label is masked{why}.")
     if not parts.task.writes:
         return out
     stops = {*parts.plan.stop_ids, parts.tokenizer.eos_token_id} - {None}
-    hidden = set(masked)
-    learned = [[v for v in values if v != IGNORE] for row, values in enumerate(labels) if row not in hidden]
-    open_ended = [row for row, values in enumerate(learned) if stops and not stops & set(values[-3:])]
+    open_ended = [row for row, last in enumerate(ends) if stops and last and not stops & set(last)]
     if open_ended and recipe.options.get("packing", "none") == "none":
         full = sum(len(row) >= limit for row in ids)
-        why = f" ({full:,} rows were cut to {limit} tokens)" if full else ""
-        out.append(f"{_rows(len(open_ended))} end without a token that ends an answer{why}: the model may not stop.")
+        why = f"; {_rows(full)} cut to {limit} tokens" if full else ""
+        word = "ends" if len(open_ended) == 1 else "end"
+        out.append(
+            f"{_rows(len(open_ended))} ({where(open_ended[0])} first{why}) {word} without a token that ends an answer: "
+            "the model may not stop."
+        )
     return out
 
 
-def _double_start(tokenizer: Any, ids: Any) -> str:
+def _last_learned(labels: list[int]) -> list[int]:
+    """The last three labels of a row that are learned; rows are long and answers lie at their end."""
+    return list(itertools.islice((label for label in reversed(labels) if label != IGNORE), 3))
+
+
+def _double_start(tokenizer: Any, ids: Any, where: Callable[[int], str]) -> str:
     start = tokenizer.bos_token_id
     twice = [row for row, values in enumerate(ids) if start is not None and list(values[:2]) == [start, start]]
     if not twice:
         return ""
-    return f"{_rows(len(twice))} (row {twice[0] + 1} first) begin with {tokenizer.bos_token} twice."
+    word = "begins" if len(twice) == 1 else "begin"
+    return f"{_rows(len(twice))} ({where(twice[0])} first) {word} with {tokenizer.bos_token} twice."

@@ -97,8 +97,10 @@ def batches_of(parts: Parts, seed: int) -> list[list[int]]:
     args, lengths = parts.args, list(parts.plan.train["length"])
     size = args.train_batch_size
     order: list[int] = list(range(len(lengths)))
-    if args.train_sampling_strategy == "group_by_length" and parts.plan.stream is None:
-        order = list(LengthBatches(lengths, size * args.gradient_accumulation_steps, seed))
+    if args.train_sampling_strategy == "group_by_length":
+        together = size * args.gradient_accumulation_steps
+        streamed = parts.plan.stream is not None  # then its first rows are here, as its buffer will hold them
+        order = sorted(order, key=lengths.__getitem__) if streamed else list(LengthBatches(lengths, together, seed))
     return [[lengths[row] for row in order[first : first + size]] for first in range(0, len(order), size)]
 
 
@@ -119,11 +121,12 @@ def _constant_weights(model: nn.Module) -> Iterator[None]:
 def kernels_of(base: nn.Module, recipe: Recipe) -> Any:
     """What `base_kernels` would replace in a base that has no weights yet; use it as a context."""
     from veneer.fused import base_kernels
+    from veneer.train.memory import memory_options
 
     if not recipe.base.kernels:
         return nullcontext()
     with _constant_weights(base):
-        return base_kernels(base)
+        return base_kernels(base, memory_options(recipe.train).mlp_checkpointing)
 
 
 def estimate(recipe: Recipe, parts: Parts, model: Any, kernels: Any, speed: Speed | None = None) -> Estimate:
@@ -136,10 +139,11 @@ def estimate(recipe: Recipe, parts: Parts, model: Any, kernels: Any, speed: Spee
     model.train()
     labelled = _labelled(parts)
     with kernels:
-        most = count(model, parts.task.meta_loss(model, *largest, labelled))
-        middle = most if usual == largest else count(model, parts.task.meta_loss(model, *usual, labelled))
+        most = count(model, parts.task.meta_loss(model, *largest, labelled), device.type)
+        middle = most if usual == largest else count(model, parts.task.meta_loss(model, *usual, labelled), device.type)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.numel() * p.element_size() for p in trained)
+    heap = HEAP if device.type == "cpu" and not recipe.train.get("return_memory") else 1.0
     kept = gradients if not recipe.train.get("optimizer_in_backward") else max(p.nbytes for p in trained)
     name = str(recipe.train.get("optimizer") or getattr(args.optim, "value", args.optim))
     state = next((size for start, size in STATES.items() if name.startswith(start)), 8)
@@ -149,7 +153,7 @@ def estimate(recipe: Recipe, parts: Parts, model: Any, kernels: Any, speed: Spee
     return Estimate(
         weights=sum(t.numel() * t.element_size() for t in tensors),
         states=kept + state * sum(p.numel() for p in trained),
-        step=max(0, round((HEAP if device.type == "cpu" else 1.0) * (most.peak - gradients))),
+        step=max(0, round(heap * (most.peak - gradients))),
         disk=gradients,
         largest=largest,
         usual=usual,

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from veneer.train.allocator import keep_blocks
+from veneer.train.allocator import keep_blocks, return_blocks
 from veneer.train.prepare import Parts
 from veneer.train.recipe import Recipe
 
@@ -26,12 +26,15 @@ def faster_base(recipe: Recipe, parts: Parts, trainer: TaskTrainer, say: Callabl
     """
     from veneer.fused import base_kernels
 
-    model, collate = trainer.accelerator.unwrap_model(trainer.model), trainer.data_collator
+    model, collate, memory = trainer.accelerator.unwrap_model(trainer.model), trainer.data_collator, trainer.memory
     if parts.args.device.type == "cpu":
-        keep_blocks()
+        _ = return_blocks() if memory.return_memory else keep_blocks()
     with ExitStack() as stack:
         if recipe.base.kernels:
-            stack.enter_context(base_kernels(model))
+            found = stack.enter_context(base_kernels(model, memory.mlp_checkpointing))
+            if memory.mlp_checkpointing and not found.gates:
+                parts.notes.append("`train.mlp_checkpointing` has no effect: this base has no gated feed-forward part.")
+                say(parts.notes[-1])
         if recipe.base.matmul == "int8":
             stack.enter_context(_int8(parts, model, collate, say))
         trainer.batch_form = stack.enter_context(parts.task.batch_form(model, parts.plan, collate))

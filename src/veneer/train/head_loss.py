@@ -30,6 +30,9 @@ def cross_entropy_reference(h: Tensor, W: Tensor, b: Tensor | None, targets: Ten
 
 def chunked_cross_entropy(h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor, chunk: int | None = None) -> Tensor:
     """The sum over rows of the cross entropy of W h + b, in float32 at least. W and b get no gradient."""
+    if torch.is_autocast_enabled(h.device.type):  # products into given memory are not cast by themselves
+        cast = torch.get_autocast_dtype(h.device.type)
+        h, W, b = h.to(cast), W.to(cast), b if b is None else b.to(cast)
     if chunk is None:
         chunk = rows_at_once(len(h), W.shape[0], h.device.type)
     return _ChunkedCrossEntropy.apply(h, W.detach(), b if b is None else b.detach(), targets, chunk)  # type: ignore[no-any-return]
@@ -47,16 +50,19 @@ class _ChunkedCrossEntropy(Function):
     def forward(ctx: Any, h: Tensor, W: Tensor, b: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
         total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
         gradient = torch.empty_like(h) if ctx.needs_input_grad[0] else None
+        place = h.new_empty(min(chunk, len(h)), len(W))  # one for all chunks
         for first in range(0, len(h), chunk):
             rows = slice(first, first + chunk)
-            logits = F.linear(h[rows], W, b)
-            logits = logits.to(total.dtype)
-            places = targets[rows].unsqueeze(1)
-            top = logits.logsumexp(1, keepdim=True)
-            total += (top - logits.gather(1, places)).sum()
+            logits = torch.mm(h[rows], W.mT, out=place[: len(h[rows])])
+            logits = (logits if b is None else logits.add_(b)).to(total.dtype)
+            at = targets[rows].unsqueeze(1)
+            highest = logits.amax(1, keepdim=True)
+            wanted = logits.gather(1, at)
+            sums = logits.sub_(highest).exp_().sum(1, keepdim=True)
+            total += (sums.log() + (highest - wanted)).sum()
             if gradient is not None:
-                p = logits.sub_(top).exp_()
-                p.scatter_add_(1, places, p.new_full((), -1.0).expand(places.shape))
+                p = logits.div_(sums)
+                p.scatter_add_(1, at, p.new_full((), -1.0).expand(at.shape))
                 torch.mm(p.to(h.dtype), W, out=gradient[rows])
         ctx.save_for_backward(gradient, h, W, b, targets)
         return total

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veneer.train.errors import DataError, nearest
 from veneer.train.sources import Part, parts_of
@@ -13,15 +13,32 @@ from veneer.train.sources import Part, parts_of
 if TYPE_CHECKING:
     from veneer.train.data_spec import DataSpec
 
-__all__ = ["Layout", "check_columns", "choose_layout", "layouts_of"]
+__all__ = ["Layout", "check_columns", "choose_layout", "joined", "layouts_of"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which columns a table's rows are read from: ``columns`` maps a role (`prompt`) to a column's name."""
+    """Which columns a table's rows are read from: ``columns`` maps a role (`prompt`) to a column's name.
+
+    ``kind`` joins the roles of a row (`prompt+completion`). Of rows of several kinds it names all
+    (`messages|prompt+completion`), and a row has the roles of one of them; the others are None.
+    """
 
     kind: str
     columns: dict[str, str]
+
+    def of_row(self, row: Mapping[str, Any]) -> str:
+        """The kind of one row."""
+        kinds = self.kind.split("|")
+        return next((kind for kind in kinds if all(row.get(role) is not None for role in kind.split("+"))), kinds[0])
+
+
+def joined(layouts: Sequence[Layout]) -> Layout:
+    """The layout of a table whose rows have one of several."""
+    kinds = dict.fromkeys(layout.kind for layout in layouts)
+    if len(kinds) == 1:
+        return layouts[0]
+    return Layout("|".join(kinds), {role: name for layout in layouts for role, name in layout.columns.items()})
 
 
 def choose_layout(
@@ -79,10 +96,11 @@ def _usual(role: str, aliases: Sequence[str], have: Sequence[str]) -> str:
 
 
 def layouts_of(parts: Sequence[Part], task: str) -> list[Layout]:
-    """The columns of each source, the same roles in all: the first of the task's layouts that each one has.
+    """The columns of each source: the first of the task's layouts that all have; each its own where there is none and
+    the task reads rows of several kinds.
 
     Raises:
-        DataError: a missing column, or sources without a layout in common.
+        DataError: a missing column, or sources without a layout in common where the task needs one.
     """
     from veneer.train.tasks import get_task
 
@@ -95,6 +113,8 @@ def layouts_of(parts: Sequence[Part], task: str) -> list[Layout]:
             return [_layout(part, task, have, [kind]) for part, have in zip(parts, columns)]
         except DataError:
             continue
+    if get_task(task).mixes:
+        return found
     other = next(i for i, layout in enumerate(found) if layout.kind != found[0].kind)
     problem = f"{parts[other].path} has {found[other].kind} where {parts[0].path} has {found[0].kind}"
     hint = "Sources that are mixed hold the same kind of rows; train on them one after the other, or convert one."

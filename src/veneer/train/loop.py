@@ -48,7 +48,7 @@ def run(
     """
     check_recipe(recipe)
     with attempt(recipe) as now:
-        parts = prepare(recipe, now.checkpoints)
+        parts = prepare(recipe, now.checkpoints, warn=True)
         for note in (*now.notes, *parts.notes):
             _say(console, note)
         result = _train(recipe, parts, callbacks, console, now)
@@ -190,8 +190,10 @@ def _measure(recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, console: 
 def _trainer(
     recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, collate: Any, callbacks: Sequence[TrainerCallback]
 ) -> TaskTrainer:
+    from veneer.train.custom_loss import custom_loss
     from veneer.train.memory import memory_options
     from veneer.train.optimizer import optimizer_options
+    from veneer.train.stopping import stopping
     from veneer.train.trainer import TaskTrainer
 
     return TaskTrainer(
@@ -206,7 +208,8 @@ def _trainer(
         eval_dataset=parts.plan.test,
         processing_class=tokenizer,
         data_collator=collate,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, *stopping(recipe)],
+        loss=custom_loss(recipe),
     )
 
 

@@ -3,6 +3,8 @@
 train:
   activation_checkpointing: true     # transformers' own: a layer's activations are computed again for backward
   activation_offload: true           # what backward needs waits in the machine's memory, not the accelerator's
+  mlp_checkpointing: true            # a gated feed-forward part's alone
+  return_memory: true                # on a CPU: what is freed goes back to the system at once
   optimizer_in_backward: true        # each parameter steps as soon as its gradient is there, which is then freed
   max_grad_norm: 0
 """
@@ -28,9 +30,11 @@ __all__ = ["MemoryOptions", "check_memory", "memory_options", "offloaded", "step
 
 @dataclass
 class MemoryOptions:
-    """activation_offload: keep saved activations in the machine's memory. optimizer_in_backward: see module."""
+    """activation_offload: keep saved activations in the machine's memory. The others: see module."""
 
     activation_offload: bool = False
+    mlp_checkpointing: bool = False
+    return_memory: bool = False
     optimizer_in_backward: bool = False
 
 
@@ -55,6 +59,9 @@ def check_memory(recipe: Recipe, args: TrainingArguments) -> None:
         problem = "training runs on the CPU, whose memory is where activations would be moved to"
         hint = "Use `activation_checkpointing: true`, which holds fewer of them, or a smaller batch."
         raise recipe.error("train", "activation_offload", problem=problem, hint=hint)
+    if chosen.mlp_checkpointing and not recipe.base.kernels:
+        problem = "it is `base.kernels` that computes the feed-forward part again, and that is off"
+        raise recipe.error("train", "mlp_checkpointing", problem=problem, hint="Leave `base.kernels` on.")
     if not chosen.optimizer_in_backward:
         return
     method = registry.method_of(registry.config_class(recipe.adapter.method)(**recipe.adapter.options))

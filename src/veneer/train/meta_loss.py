@@ -63,10 +63,11 @@ def vocabulary_loss(
         rows_of = rows_at_once(wanted, weight.shape[0], "cpu")
         gradient = torch.empty_like(hidden)
         with torch.no_grad():
+            place = hidden.new_empty(min(rows_of, wanted), weight.shape[0])
             for _ in range(0, wanted, rows_of):
                 part = min(rows_of, wanted)
-                logits = torch.nn.functional.linear(hidden[0, :part].detach(), weight).float()
-                torch.mm(logits.softmax(-1).to(hidden.dtype), weight)
+                logits = torch.mm(hidden[0, :part], weight.mT, out=place[:part])
+                torch.mm(logits.float().exp_().to(hidden.dtype), weight)
         return (hidden * gradient).sum(-1)
 
     def once() -> torch.Tensor:

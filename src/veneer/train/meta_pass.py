@@ -82,15 +82,22 @@ class Tally(TorchDispatchMode):
 
 
 class attend_fused(TorchFunctionMode):
-    """Attention on tensors without data as the fused kernels do it, which keep no score of two tokens."""
+    """Attention on tensors without data as the fused kernels do it, which keep no score of two tokens.
+
+    ``drops``: whether they know dropout. Those of a CPU do not, and every score is held.
+    """
+
+    def __init__(self, drops: bool = False) -> None:
+        super().__init__()
+        self.drops = drops
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         if func is not torch.nn.functional.scaled_dot_product_attention or args[0].device.type != "meta":
             return func(*args, **given)
+        if given.get("dropout_p", 0.0) > 0 and not self.drops:
+            return func(*args, **given)
         q, k, v = args[:3]
-        if k.shape[1] != q.shape[1]:  # grouped queries
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         mask = given.get("attn_mask")
         mask = mask.to(q.dtype) if mask is not None and mask.dtype == torch.bool else mask
@@ -105,11 +112,11 @@ def _gradients_off(model: torch.nn.Module) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 
-def count(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Need:
-    """What one forward and backward of ``loss`` needs. The model and its inputs are on the meta device.
+def count(model: torch.nn.Module, loss: Callable[[], torch.Tensor], device: str = "cpu") -> Need:
+    """What one forward and backward of ``loss`` needs on a type of device. The model and its inputs are on `meta`.
 
     Gradients of the trained tensors count as alive until the end.
     """
-    with _gradients_off(model), attend_fused(), Tally() as tally:
+    with _gradients_off(model), attend_fused(drops=device == "cuda"), Tally() as tally:
         loss().backward()
     return Need(float(tally.peak), float(tally.flops), float(tally.moved))

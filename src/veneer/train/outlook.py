@@ -105,7 +105,7 @@ def _model(recipe: Recipe, parts: Parts) -> tuple[Any, Any]:
     kernels = kernels_of(model, recipe)
     config = adapter_config(recipe, model, parts)
     try:
-        return get_peft_model(model, config, low_cpu_mem_usage=True), kernels
+        return get_peft_model(model, config, low_cpu_mem_usage=True).to("meta"), kernels  # drawn tensors too
     except ValueError as error:
         raise recipe.error("adapter", problem=str(error)) from error
 

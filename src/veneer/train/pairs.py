@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE, Encoded, Piece, chat_pieces, encode_pieces
-from veneer.train.errors import DataError
 
 if TYPE_CHECKING:
     from veneer.train.collate import GroupCollator
@@ -136,7 +135,7 @@ def _encode_chats(
 ) -> list[Encoded]:
     if tokenizer.chat_template is None:
         hint = "Choose a chat model, or give `prompt`, `chosen` and `rejected` as text."
-        raise DataError("chat rows, and the model has no chat template", file=table.path, hint=hint)
+        raise table.error(before, "a chat, and the model has no chat template", hint)
     pieces = []
     for number, row in enumerate(rows):
         turns, start = conversation(row, side)

@@ -12,6 +12,7 @@ from veneer.backends.loading import QUANTISED
 from veneer.train import fields
 from veneer.train.bases import BaseRef, load_config, load_tokenizer, resolve_base
 from veneer.train.data import Table, load_table, load_tables
+from veneer.train.data_warnings import data_warnings, row_for_row
 from veneer.train.errors import DataError
 from veneer.train.new_tokens import add_tokens, train_rows
 from veneer.train.recipe import Recipe
@@ -39,8 +40,11 @@ class Parts:
     tokens: list[int] = field(default_factory=list)
 
 
-def prepare(recipe: Recipe, checkpoints: Path) -> Parts:
-    """Everything that can fail without weights, in the order in which it is cheap to find out."""
+def prepare(recipe: Recipe, checkpoints: Path, warn: bool = False) -> Parts:
+    """Everything that can fail without weights, in the order in which it is cheap to find out.
+
+    With ``warn`` the notes say what is odd about the rows, too.
+    """
     from veneer.train.trainer import log_every, training_arguments
 
     task = task_of(recipe)
@@ -58,15 +62,17 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Parts:
     if args.eval_strategy != "no" and plan.test is None:
         hint = "Set `data.test`, `data.validation` or `data.split`."
         raise recipe.error("train", "eval_strategy", problem="there are no test rows", hint=hint)
-    _check_vocabulary(plan.train, config, ref, tokens)
+    _check_vocabulary(recipe, plan.train, train, config, ref, tokens)
     if rows is not None:
 
         def encode(table: Table) -> Any:
             made = task.more_rows(plan, recipe, table, tokenizer, config)
-            _check_vocabulary(made, config, ref, tokens)
+            _check_vocabulary(recipe, made, table, config, ref, tokens)
             return made
 
-        plan.stream = Stream(rows, encode)
+        together = args.train_sampling_strategy == "group_by_length" and "length" in plan.train.column_names
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        plan.stream = Stream(rows, encode, step if together else None)
     notes = [*train.notes, *plan.notes]
     if plan.test is None:
         how = "`data.test` or `data.split`" if rows is None else "`data.test`"
@@ -74,7 +80,10 @@ def prepare(recipe: Recipe, checkpoints: Path) -> Parts:
     if tokens:
         named = ", ".join(f"{token} ({number})" for token, number in zip(recipe.tokens, tokens, strict=True))
         notes.append(f"New tokens, which start at the mean of the others: {named}.")
-    return Parts(ref, task, plan, config, tokenizer, args, notes, tokens)
+    parts = Parts(ref, task, plan, config, tokenizer, args, notes, tokens)
+    if warn:
+        notes += data_warnings(recipe, parts, train, test)
+    return parts
 
 
 def read_rows(recipe: Recipe) -> tuple[RowStream | None, Table, Table | None]:
@@ -84,13 +93,16 @@ def read_rows(recipe: Recipe) -> tuple[RowStream | None, Table, Table | None]:
     return *open_stream(recipe), load_table(recipe.data, "test", recipe.task, recipe.seed)
 
 
-def _check_vocabulary(rows: Dataset, config: Any, ref: BaseRef, new: list[int]) -> None:
+def _check_vocabulary(recipe: Recipe, rows: Dataset, table: Table, config: Any, ref: BaseRef, new: list[int]) -> None:
     size = max([config.get_text_config().vocab_size, *(token + 1 for token in new)])
-    names = [name for name in rows.column_names if name.endswith("input_ids")]
-    highest = max(max(row) for name in names for row in rows[name])
-    if highest >= size:
-        problem = f"token {highest} is outside the {size} rows of {ref.name}'s embedding"
-        raise DataError(problem, hint="The tokenizer and the model do not belong together.")
+    for name in (name for name in rows.column_names if name.endswith("input_ids")):
+        for number, row in enumerate(rows[name]):
+            if max(row, default=0) >= size:
+                problem = f"token {max(row)} is outside the {size} rows of {ref.name}'s embedding"
+                hint = "The tokenizer and the model do not belong together."
+                if row_for_row(recipe, rows, table):
+                    raise table.error(number, problem, hint)
+                raise DataError(problem, file=table.path, hint=hint)
 
 
 def model_options(plan: Plan) -> dict[str, Any]:

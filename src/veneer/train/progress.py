@@ -1,7 +1,7 @@
 """Training progress on a person's screen, as a transformers callback.
 
-In a terminal: one live bar with loss, tokens per second, time left and memory. In a pipe or a log file: about
-twenty plain lines over the whole run.
+In a terminal: one live bar with loss, tokens per second, time left and memory. In a pipe, a log file or a notebook:
+about twenty plain lines over the whole run.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from veneer.train.screen import lines_to, redraws
 
 __all__ = ["ProgressCallback", "clock", "memory_in_use_mb"]
 
@@ -56,7 +58,7 @@ class ProgressCallback(TrainerCallback):
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console if console is not None else Console(stderr=True)
+        self.console = lines_to(console if console is not None else Console(stderr=True))
         self.bar: Progress | None = None
         self.task: TaskID | None = None
         self.loss: float | None = None
@@ -95,7 +97,7 @@ class ProgressCallback(TrainerCallback):
             self.open = False
             return
         self.started, self.first_step, self.device = time.monotonic(), state.global_step, args.device
-        if self.console.is_terminal:
+        if redraws(self.console):
             self.bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=None),
@@ -128,7 +130,7 @@ class ProgressCallback(TrainerCallback):
         done, total = state.global_step, state.max_steps
         if self.bar is not None and self.task is not None:
             self._safely(self.bar.update, self.task, completed=done, line=self.line(done, total))
-        elif self.bar is None and not self.console.is_terminal:
+        elif self.bar is None:
             every = max(1, -(-total // PLAIN_LINES))
             if done % every == 0 or done == total or done == self.first_step + 1:
                 text = f"step {done}/{total}  {self.line(done, total)}"

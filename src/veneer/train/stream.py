@@ -19,13 +19,14 @@ from torch.utils.data import IterableDataset
 from veneer.train.errors import DataError
 from veneer.train.mixing import shares
 from veneer.train.readers import Row
+from veneer.train.sampler import WINDOW
 from veneer.train.sources import Part, Place, parts_of
 
 if TYPE_CHECKING:
     from veneer.train.data import Layout, Table
     from veneer.train.recipe import Recipe
 
-__all__ = ["FILE", "Mark", "RowStream", "Stream", "open_stream"]
+__all__ = ["FILE", "Mark", "RowStream", "Stream", "by_length", "open_stream"]
 
 FILE = "stream.json"
 #: rows that are checked and made into tokens together
@@ -52,6 +53,16 @@ def buffered(rows: Iterator[Placed], size: int, draw: random.Random) -> Iterator
         yield row
     draw.shuffle(buffer)
     yield from buffer
+
+
+def by_length(features: list[dict[str, Any]], batch: int, seed: str) -> list[dict[str, Any]]:
+    """Features of like lengths together, ``batch`` at a time, the batches in an order drawn from the seed."""
+    if len(features) <= batch:
+        return features
+    features = sorted(features, key=lambda feature: feature["length"])
+    batches = [features[first : first + batch] for first in range(0, len(features), batch)]
+    random.Random(seed).shuffle(batches)
+    return list(itertools.chain.from_iterable(batches))
 
 
 class RowStream:
@@ -106,41 +117,55 @@ class RowStream:
     def table(self, rows: Sequence[Placed]) -> Table:
         """A table of rows. Raises DataError, with the file and line, where one is not what the task reads."""
         from veneer.train.data import pick, table_of
+        from veneer.train.layouts import joined
 
         picked = [(place, pick(self.layouts[part], self.task, place, row)) for place, row, part in rows]
-        return table_of(self.parts[0].path, self.layouts[0], picked)
+        return table_of(self.parts[0].path, joined(self.layouts), picked)
 
 
 class Stream(IterableDataset):  # type: ignore[type-arg]
     """Training rows as tokens, without end. ``encode`` makes features of a table.
 
-    ``resume`` makes the next pass begin further on; before it, as many stand-ins come as there were features, for
-    Trainer counts and drops those that it has seen.
+    ``batch``: features of a step, if steps are to have features of like lengths; they are put in order within windows
+    no longer than the buffer. ``resume`` makes the next pass begin further on; before it, as many stand-ins come as
+    there were features, for Trainer counts and drops those that it has seen.
     """
 
-    def __init__(self, rows: RowStream, encode: Callable[[Table], Any]) -> None:
+    def __init__(self, rows: RowStream, encode: Callable[[Table], Any], batch: int | None = None) -> None:
         self.rows, self.encode = rows, encode
+        self.batch = batch or 1
+        self.window = self.batch * max(1, min(WINDOW, rows.buffer // self.batch)) if batch else 1
         self.marks: list[Mark] = [Mark()]
         self.seen = 0
         self.came: Counter[str] = Counter()
 
     def mark(self, features: int) -> Mark:
-        """The last chunk that begins at or before so many features."""
-        return self.marks[bisect_right(self.marks, features, key=lambda mark: mark.features) - 1]
+        """The last chunk that begins at or before the window of the next feature after so many."""
+        begin = features - features % self.window
+        return self.marks[bisect_right(self.marks, begin, key=lambda mark: mark.features) - 1]
 
     def resume(self, features: int, mark: Mark) -> None:
         """Go on after so many features, reading tokens from ``mark`` on."""
         self.seen, self.marks = features, [mark]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        features = self._features(self.marks[0])
-        for _ in range(self.seen - self.marks[0].features):
-            next(features)
+        features = self._in_order(self.seen)
         if self.seen:
             first = next(features)
             yield from itertools.repeat(first, self.seen)
             yield first
         yield from features
+
+    def _in_order(self, seen: int) -> Iterator[dict[str, Any]]:
+        """Features after so many, as they are trained on."""
+        number, inside = divmod(seen, self.window)
+        features = self._features(self.marks[0])
+        for _ in range(number * self.window - self.marks[0].features):
+            next(features)
+        while True:
+            window = by_length(list(itertools.islice(features, self.window)), self.batch, f"{self.rows.seed} {number}")
+            yield from window[inside:]
+            number, inside = number + 1, 0
 
     def _features(self, start: Mark) -> Iterator[dict[str, Any]]:
         count, read = start

@@ -19,17 +19,20 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import ModelOutput
 
 from veneer import schedule
 from veneer.files import write_json
 from veneer.model import PeftModel
 from veneer.train.checkpoints import WRITE_ERRORS, Changes, Progress, cannot_write, seal
+from veneer.train.custom_loss import CustomLoss, without_loss
 from veneer.train.loggers import check_loggers
 from veneer.train.memory import MemoryOptions, check_memory, offloaded, step_in_backward, without_memory
 from veneer.train.optimizer import OptimizerOptions, make_optimizer, without_optimizer
 from veneer.train.recipe import Recipe
 from veneer.train.result import peak_memory_mb
 from veneer.train.sampler import LengthBatches
+from veneer.train.stopping import without_stopping
 from veneer.train.stream import FILE, Mark, Stream
 from veneer.train.tasks import Outcome, Task, task_class
 
@@ -55,7 +58,8 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
         RecipeError: values that TrainingArguments refuses.
     """
     check_loggers(recipe)
-    options = {**DEFAULTS, **task_class(recipe.task).train_defaults, **without_optimizer(without_memory(recipe.train))}
+    given = without_stopping(without_loss(without_optimizer(without_memory(recipe.train))))
+    options = {**DEFAULTS, **task_class(recipe.task).train_defaults, **given}
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available() and not options.get("use_cpu", False))
     options.setdefault("run_name", Path(recipe.out).name)
     owned: dict[str, Any] = {
@@ -107,6 +111,7 @@ class TaskTrainer(Trainer):
 
     ``measure`` scores the model as it is; its numbers join the loss wherever Trainer evaluates. Its answers to the
     rows ``shown`` (prompt, expected) join the log: a line `{step, epoch, samples: [{prompt, expected, answer, ok}]}`.
+    ``loss`` is used in place of the task's (custom_loss.py).
     """
 
     def __init__(
@@ -117,11 +122,12 @@ class TaskTrainer(Trainer):
         memory: MemoryOptions | None = None,
         measure: Callable[[], Outcome] | None = None,
         shown: Sequence[tuple[str, str]] = (),
+        loss: CustomLoss | None = None,
         **more: Any,
     ) -> None:
         super().__init__(**more)
         self.task = task
-        self.measure, self.shown = measure, shown
+        self.measure, self.shown, self.custom_loss = measure, shown, loss
         self.add_callback(_Epochs(task, self.data_collator))
         self.add_callback(_Resumed(self))
         self.optimizer_options = optimizer_options or OptimizerOptions()
@@ -153,16 +159,20 @@ class TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The task's loss of one batch, or the smoothed loss, which needs every logit."""
+        """The task's loss of one batch, or the smoothed loss or the recipe's own, which need every logit."""
         if model.training:
             self._began = self._began or time.monotonic()
             self._tokens = self._tokens + inputs["attention_mask"].sum()
-            inputs = inputs if self.batch_form is None else self.batch_form(inputs)
+            # a loss of the recipe's own gets rows as they are
+            inputs = inputs if self.batch_form is None or self.custom_loss else self.batch_form(inputs)
         items = num_items_in_batch
         if isinstance(items, int):
             items = torch.tensor(items, device=inputs["input_ids"].device)
         with offloaded(self.memory.activation_offload and model.training):
-            if self.label_smoother is None:
+            if self.custom_loss is not None:
+                scores = ModelOutput(logits=self.task.logits(model, inputs))
+                loss = self.custom_loss(scores, inputs["labels"], num_items_in_batch=items)
+            elif self.label_smoother is None:
                 loss = self.task.loss(model, inputs, items)
             else:
                 logits = {"logits": self.task.logits(model, inputs)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from veneer.train.recipe import Recipe
     from veneer.train.tasks import Outcome, Plan, Task
 
-__all__ = ["Loaded", "evaluate_on", "find_adapter", "label_names", "load", "read_adapter_config"]
+__all__ = ["Loaded", "config_of", "evaluate_on", "find_adapter", "label_names", "load", "read_adapter_config"]
 
 
 @dataclass
@@ -176,6 +176,16 @@ def _model_options(folder: Path, purpose: Purpose) -> dict[str, Any]:
     names = task_class(purpose.task).named_labels and "num_labels" not in purpose.model_options
     labels = {"id2label": dict(enumerate(label_names(folder)))} if names else {}
     return {**purpose.model_options, **labels}
+
+
+def config_of(folder: str) -> dict[str, Any]:
+    """What `from_pretrained` of an adapter's base is given so that its head is the one that was trained."""
+    where = Path(folder)
+    purpose = read_purpose(where)
+    options = {} if purpose is None else _model_options(where, purpose)
+    if "id2label" in options:
+        options["label2id"] = {name: number for number, name in options["id2label"].items()}
+    return options | ({"ignore_mismatched_sizes": True} if {"id2label", "num_labels"} & options.keys() else {})
 
 
 def label_names(folder: Path) -> list[str]:

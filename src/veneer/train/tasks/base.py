@@ -80,6 +80,8 @@ class Task:
     train_defaults: ClassVar[dict[str, Any]]
     metrics: ClassVar[tuple[str, ...]] = ("auto",)
     Options: ClassVar[type] = NoOptions
+    #: rows of one run may have different ones of its layouts
+    mixes: ClassVar[bool] = False
     #: the columns of a batch that its loss needs
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)
     #: the tokenizer is given lists of words

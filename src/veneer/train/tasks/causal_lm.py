@@ -12,17 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from veneer.train import text_scores
 from veneer.train.asking import asking_of
 from veneer.train.batched import in_batches
+from veneer.train.causal_rows import check_messages, encode_rows, example
 from veneer.train.data import Layout, Table
-from veneer.train.encode import (
-    IGNORE,
-    Encoded,
-    Piece,
-    chat_pieces,
-    encode_marked,
-    encode_pieces,
-    has_markers,
-)
-from veneer.train.errors import DataError
+from veneer.train.encode import IGNORE, Encoded
 from veneer.train.tasks.base import Outcome, Plan, Task, prompt_problem, text_problem, token_limit
 
 if TYPE_CHECKING:
@@ -38,12 +30,14 @@ __all__ = ["CausalLM", "CausalLMOptions"]
 class CausalLMOptions:
     """packing: `chunk` puts texts one after the other and cuts them every `data.max_length` tokens (continued
     pre-training); `pack` puts whole rows side by side up to that length, and no row sees another. train_on_prompt:
-    learn the prompts too, not the answers alone. share_prefix: what all rows of a batch begin with (a system prompt)
+    learn the prompts too, not the answers alone. as_chat: prompts and completions go through the model's chat template,
+    as a question and its answer. share_prefix: what all rows of a batch begin with (a system prompt)
     is computed once, and nothing is padded, where the model can read rows so and it is less work.
     """
 
     packing: Literal["none", "chunk", "pack"] = "none"
     train_on_prompt: bool = False
+    as_chat: bool = False
     share_prefix: bool = True
 
 
@@ -59,6 +53,7 @@ class CausalLM(Task):
     metrics: ClassVar[tuple[str, ...]] = text_scores.CHOICES
     predicts_next: ClassVar[bool] = True
     new_head: ClassVar[bool] = False
+    mixes: ClassVar[bool] = True
     writes: ClassVar[bool] = True
     asks: ClassVar[tuple[tuple[str, ...], ...]] = (("messages",), ("prompt",), ("text",))
     Options: ClassVar[type] = CausalLMOptions
@@ -66,7 +61,7 @@ class CausalLM(Task):
     def check_row(self, layout: Layout, row: dict[str, Any]) -> str:
         """What is wrong with a row, or an empty string."""
         if layout.kind == "messages":
-            return _check_messages(row["messages"])
+            return check_messages(row["messages"])
         return text_problem(layout, row, *layout.columns)
 
     def check_ask(self, layout: Layout, row: dict[str, Any]) -> str:
@@ -78,11 +73,11 @@ class CausalLM(Task):
         limit = token_limit(recipe, tokenizer, config)
         if self.options.packing == "chunk" and train.layout.kind != "text":
             hint = "Set `options.packing: pack`, or train on a `text` column."
-            problem = f"`chunk` cuts texts, and the rows have {train.layout.kind}"
+            problem = f"`chunk` cuts texts, and the rows have {train.layout.kind.replace('|', ' or ')}"
             raise recipe.error("options", "packing", problem=problem, hint=hint)
         rows = list(self._encode(train, tokenizer))
         plan = Plan(train=self._dataset(rows, train, limit), stop_ids=set().union(*(row.stops for row in rows)))
-        plan.asking = asking_of(train)
+        plan.asking = asking_of(train, self.options.as_chat)
         cut = sum(len(row.input_ids) > limit for row in rows)
         if self.options.packing != "none":
             plan.notes.append(_packed(plan.train, rows, limit))
@@ -97,9 +92,10 @@ class CausalLM(Task):
         limit = token_limit(recipe, tokenizer, config)
         tests = list(self._encode(test, tokenizer))
         plan.test = self._dataset(tests, test, limit, whole=self.options.packing != "chunk")
-        if test.layout.kind != "text" and recipe.eval.generate:
-            plan.examples = [_example(test, row) for row in range(len(test))]
-            plan.targets = [row.input_ids[: row.prompt] for row in tests]
+        asked = [number for number, row in enumerate(test.dataset) if test.layout.of_row(row) != "text"]
+        if asked and recipe.eval.generate:
+            plan.examples = [example(test, row) for row in asked]
+            plan.targets = [tests[row].input_ids[: tests[row].prompt] for row in asked]
             plan.stop_ids |= set().union(*(row.stops for row in tests))
             text_scores.check_metric(recipe.eval, [answer for _, answer in plan.examples])
 
@@ -162,7 +158,7 @@ class CausalLM(Task):
         return Outcome(found | scores, texts, correct)
 
     def _encode(self, table: Table, tokenizer: Any) -> Iterator[Encoded]:
-        encode = lambda first, last: _encode_batch(table, tokenizer, table.dataset[first:last], first)
+        encode = lambda first, last: encode_rows(table, tokenizer, first, last, self.options.as_chat)
         for row in itertools.chain.from_iterable(in_batches(len(table), encode, table.workers)):
             if self.options.train_on_prompt:
                 row.labels = [IGNORE, *row.input_ids[1:]]
@@ -205,48 +201,6 @@ class CausalLM(Task):
         return total / count
 
 
-def _check_messages(messages: Any) -> str:
-    if not isinstance(messages, list) or not messages:
-        return "'messages' is not a list of turns" if not isinstance(messages, list) else "'messages' is empty"
-    for number, turn in enumerate(messages, start=1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            return f"turn {number} has no 'role'"
-        if not isinstance(turn.get("content"), str):
-            return f"turn {number} ({turn['role']}) has no text in 'content'"
-        if not turn["content"].strip() and turn["role"] != "system":
-            return f"turn {number} ({turn['role']}) is empty"
-    if not any(turn["role"] == "assistant" for turn in messages):
-        roles = ", ".join(dict.fromkeys(turn["role"] for turn in messages))
-        return f"no turn of the assistant to learn from; the roles are {roles}"
-    return ""
-
-
-def _encode_batch(table: Table, tokenizer: Any, batch: dict[str, Any], first: int) -> list[Encoded]:
-    if table.layout.kind == "messages":
-        return _encode_chats(table, tokenizer, batch["messages"], first)
-    if table.layout.kind == "text":
-        return encode_pieces(tokenizer, [[Piece(text, True)] for text in batch["text"]], chat=False)
-    pairs = zip(batch["prompt"], batch["completion"], strict=True)
-    rows = [[Piece(prompt, False), Piece(completion, True)] for prompt, completion in pairs]
-    return encode_pieces(tokenizer, rows, chat=False)
-
-
-def _encode_chats(table: Table, tokenizer: Any, chats: Sequence[Any], first: int) -> list[Encoded]:
-    if tokenizer.chat_template is None:
-        hint = "Choose a chat model, or give `prompt` and `completion` columns."
-        raise DataError("chat rows, and the model has no chat template", file=table.path, hint=hint)
-    cut: Callable[[Any], Any] = lambda chat: chat_pieces(tokenizer, chat)
-    if has_markers(tokenizer):
-        cut = lambda chat: encode_marked(tokenizer, chat)
-    found = []
-    for number, chat in enumerate(chats):
-        try:
-            found.append(cut(chat))
-        except ValueError as error:
-            raise table.error(first + number, str(error)) from error
-    return found if has_markers(tokenizer) else encode_pieces(tokenizer, found, chat=True)
-
-
 def _check_labels(table: Table, rows: Sequence[Encoded], labels: Sequence[Sequence[int]], limit: int) -> None:
     empty = [index for index, row in enumerate(labels) if all(label == IGNORE for label in row)]
     if not empty:
@@ -272,16 +226,6 @@ def _unmasked(batch: dict[str, torch.Tensor]) -> dict[str, Any]:
     if "position_ids" not in batch or "joined_rows" in batch:
         return batch
     return {key: value for key, value in batch.items() if key != "attention_mask"} | {"use_cache": False}
-
-
-def _example(table: Table, number: int) -> tuple[str, str]:
-    row = table.dataset[number]
-    if table.layout.kind != "messages":
-        return row["prompt"].strip(), row["completion"].strip()
-    messages = row["messages"]
-    last = max(index for index, turn in enumerate(messages) if turn["role"] == "assistant")
-    asked = [turn["content"].strip() for turn in messages[:last] if turn["role"] == "user"]
-    return (asked[-1] if asked else ""), messages[last]["content"].strip()
 
 
 def _stops(model: Any, tokenizer: Any, plan: Plan) -> set[int]:

@@ -80,6 +80,9 @@ class SeqCls(Task):
     def plan_train(self, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Plan:
         """The kind of label and the labels found in training, and the tokens and labels of every row."""
         kind = self._kind(train)
+        if kind != SINGLE and recipe.train.get("label_smoothing_factor"):
+            problem = f"smooths one label a row, and the rows' problem_type is {kind}"
+            raise recipe.error("train", "label_smoothing_factor", problem=problem, hint="Leave it out.")
         limit = token_limit(recipe, tokenizer, config)
         names = None if kind == NUMBER else _label_names(self._labels(train, kind), config)
         weights = self._weights(recipe, self._labels(train, kind), names) if kind == SINGLE else {}
