@@ -15,6 +15,10 @@ class AdapterError(ValueError):
     """Settings, names or tensors that do not fit; the message says what, where and what to do."""
 
 
+class CannotConvert(AdapterError, TypeError):
+    """This adapter cannot become a LoRA; the message says why."""
+
+
 class CannotMerge(NotImplementedError):
     """This adapter has no merged weight on this layer; the message says why."""
 

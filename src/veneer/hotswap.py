@@ -96,9 +96,8 @@ class _Swap:
         self.given = {k if k in own else state._clean(k, adapter): t for k, t in tensors.items()}
         stray = sorted(set(self.given) - own)
         if stray:
-            raise RuntimeError(
-                f"Hot swapping the adapter did not succeed, unexpected keys found: {', '.join(stray[:8])}"
-            )
+            said = ", ".join(_as_loaded(k, adapter) for k in stray[:8])
+            raise RuntimeError(f"Hot swapping the adapter did not succeed, unexpected keys found: {said}")
         self.places = {p.key: p for p in places}
         old = tuner.peft_config[adapter]
         self.config.inference_mode = old.inference_mode
@@ -242,6 +241,12 @@ class _Swap:
         else:
             m.scaling[self.adapter] = scaling
             m.changed()
+
+
+def _as_loaded(key: str, adapter: str) -> str:
+    """A file's key as the model would call it: "lin.lora_A.weight" -> "lin.lora_A.default.weight"."""
+    path, dot, leaf = key.rpartition(".")
+    return f"{path}.{adapter}.{leaf}" if dot and leaf in ("weight", "bias") else f"{key}.{adapter}"
 
 
 def _write(w: _Write) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import base_mark, convert, prompts, schedule, state
+from . import base_mark, convert, prompts, schedule, sharded, state
 from .errors import AdapterError
 from .files import BIN_NAME, SAFE_NAME, write_bin, write_json, write_tensors, write_text
 from .grow import trains_rows, vocabulary_modules
@@ -82,6 +82,8 @@ def save_adapter(
     """One adapter into its folder."""
     out = tensors_of(model, adapter, compact=compact) if tensors is None else state.only(tensors, model, adapter)
     out.update(_embeddings(model, adapter, embeddings))
+    if any(map(sharded.is_sharded, out.values())):
+        out, main = sharded.whole(out), main and sharded.main_here()
     config = copy.copy(model.peft_config[adapter])
     out, against = convert.self_contained(model, adapter, out, config)
     if initial is not None and against is config:
@@ -154,6 +156,7 @@ def _base_mark(model: PeftModel) -> dict[str, str]:
     return {} if mark is None else {base_mark.KEY: json.dumps(mark)}
 
 
+_ROOT = "base_model.model."
 _PIPELINES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
@@ -161,6 +164,13 @@ _PIPELINES = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "feature-extraction",
 }
+
+
+def _tags(model: Any, name: str, kind: str) -> list[str]:
+    """The card's tags: the base model's own, what the hub searches by (the base's name, its library), the method."""
+    own = list(getattr(model, "model_tags", None) or ())
+    library = ["transformers"] * any(c.__module__.startswith("transformers.") for c in type(model).__mro__)
+    return sorted({*own, *library, *[f"base_model:adapter:{name}"] * bool(name), kind, "veneer"})
 
 
 def write_card(model: PeftModel, folder: str, config: Any) -> None:
@@ -171,7 +181,8 @@ def write_card(model: PeftModel, folder: str, config: Any) -> None:
     base = name_of(model.get_base_model()) or ""
     kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
     task = str(getattr(config.task_type, "value", config.task_type))
-    head = ["---", *[f"base_model: {base!r}"] * bool(base), "library_name: peft", "tags:", f"- {kind}", "- veneer"]
+    tags = [f"- {t!r}" for t in _tags(model.get_base_model(), base, kind)]
+    head = ["---", *[f"base_model: {base!r}"] * bool(base), "library_name: peft", "tags:", *tags]
     if task in _PIPELINES:
         head.append(f"pipeline_tag: {_PIPELINES[task]}")
     trained, total = model.get_nb_trainable_parameters()
@@ -196,18 +207,44 @@ def write_card(model: PeftModel, folder: str, config: Any) -> None:
 
 
 def renamed(tensors: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[str, Tensor]:
-    """Keys through {regex: replacement}, the first that matches."""
+    """Keys, without the wrapper's "base_model.model.", through {regex: replacement}, the first that matches."""
+    return {_renamed(key, mapping): t for key, t in tensors.items()} if mapping else tensors
+
+
+def _renamed(key: str, mapping: dict[str, str]) -> str:
+    inner = key.removeprefix(_ROOT)
+    for pattern, replacement in mapping.items():
+        new, n = re.subn(pattern, replacement, inner)
+        if n:
+            return key.removesuffix(inner) + new
+    return key
+
+
+def todays_names(model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's keys, where the base's modules were called otherwise when it was written: transformers keeps such
+    renamings for its models' own files. Keys that fit as they are stay."""
+    if model.prompt_configs is not None:
+        return tensors
+    mapping = _renamings(model.get_base_model())
     if not mapping:
         return tensors
-    out = {}
-    for key, t in tensors.items():
-        new = key
-        for pattern, replacement in mapping.items():
-            new, n = re.subn(pattern, replacement, key)
-            if n:
-                break
-        out[new] = t
-    return out
+    known = {place.key for place in state.places(model.base_model, adapter, _ROOT)}
+    new = {key: _renamed(key, mapping) for key in tensors}
+    return {new[key] if key not in known and new[key] in known else key: t for key, t in tensors.items()}
+
+
+def _renamings(base: Any) -> dict[str, str]:
+    """{regex of an old path: the path now} of a transformers model."""
+    own = getattr(base, "_checkpoint_conversion_mapping", None)
+    if own:
+        return dict(own)
+    if not hasattr(base, "base_model_prefix"):
+        return {}
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    plain = [t for t in get_model_conversion_mapping(base, add_legacy=False) if type(t) is WeightRenaming]
+    return {s: t.target_patterns[0] for t in plain for s in t.source_patterns if s.startswith("^")}
 
 
 def put(

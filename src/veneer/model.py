@@ -214,7 +214,7 @@ class PeftModel(nn.Module):
         else:
             assert self.prompt_configs is not None
             if adapter_name in self.prompt_configs:
-                raise ValueError(f"Adapter with name {adapter_name} already exists. Please use a different name.")
+                raise ValueError(f"Adapter with name {adapter_name!r} already exists. Please use a different name.")
             if not self.prompt_configs:
                 for p in self.base_model.parameters():
                     p.requires_grad_(False)
@@ -226,6 +226,7 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         if self.prompt_configs is None:
             self.base_model.delete_adapter(adapter_name)
+            self._count_saved()
             return
         if adapter_name not in self.prompt_configs:
             have = ", ".join(map(repr, self.prompt_configs)) or "none"
@@ -237,6 +238,13 @@ class PeftModel(nn.Module):
             m.delete_adapter(adapter_name)
         left = [n for n in self.host.active if n != adapter_name] or list(self.prompt_configs)[:1]
         self.host.activate(left)
+        self._count_saved()
+
+    def _count_saved(self) -> None:
+        """modules_to_save names what the adapters that are left save whole; None for nothing."""
+        self.modules_to_save = None
+        for name, cfg in self.peft_config.items():
+            self._note(cfg, name)
 
     def known(self, names: str | Sequence[str]) -> list[str]:
         """The names as a list; ValueError for one that is not an adapter of this model."""
@@ -298,7 +306,12 @@ class PeftModel(nn.Module):
             raise AdapterError("adapter_names works for adapters on layers; prompt methods serve one adapter a batch")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode; call model.eval() first")
-        self.known([n for n in dict.fromkeys(names) if n != BASE])
+        strange = sorted({n for n in names if n != BASE} - set(self.peft_config))
+        if strange:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(strange)} in adapter_names; this model has: "
+                + ", ".join(self.peft_config)
+            )
         held = getattr(kwargs.get("past_key_values"), "get_seq_length", int)  # tokens in the cache; int() is 0
         return self.host.call(rows=Rows.of(list(names), widened, int(held()) > 0))
 
@@ -475,7 +488,8 @@ class PeftModel(nn.Module):
         kwargs.pop("torch_device", None)
         ignore = bool(kwargs.pop("ignore_mismatched_sizes", False))
         tensors, path = state.read(model_id, **kwargs)
-        report = hub.put(self, adapter, hub.renamed(tensors, key_mapping), ignore_mismatched_sizes=ignore)
+        tensors = hub.renamed(tensors, key_mapping) if key_mapping else hub.todays_names(self, adapter, tensors)
+        report = hub.put(self, adapter, tensors, ignore_mismatched_sizes=ignore)
         if strict:
             report.check(path)
         base_mark.warn_if_other(self.get_base_model(), path)
@@ -513,7 +527,14 @@ class PeftModelForCausalLM(PeftModel):
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
-    pass
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As PeftModel.generate, by keyword alone: TypeError for an input by position."""
+        if args:
+            raise TypeError(
+                f"generate() of an encoder-decoder takes keywords alone, got {len(args)} by position; name the input, "
+                "as in generate(input_ids=...)"
+            )
+        return super().generate(**kwargs)
 
 
 class PeftModelForFeatureExtraction(PeftModel):
@@ -534,6 +555,21 @@ def _plain(task: Any) -> str | None:
     return None if task is None else str(getattr(task, "value", task))
 
 
+def _name_base(cfg: PeftConfig, name: str | None) -> None:
+    """The config names the base as the base does, where that has a name."""
+    before = cfg.base_model_name_or_path
+    if name is None or name == before:
+        return
+    cfg.base_model_name_or_path = name
+    if before is not None:
+        warnings.warn(
+            f"The PEFT config's `base_model_name_or_path` was renamed from '{before}' to '{name}', the base "
+            "model's own; the adapter's file will name that one",
+            PeftWarning,
+            stacklevel=3,
+        )
+
+
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -550,7 +586,7 @@ def get_peft_model(
             "different config, make sure to call `.unload()` before.",
             stacklevel=2,
         )
-    peft_config.base_model_name_or_path = hub.name_of(model) or peft_config.base_model_name_or_path
+    _name_base(peft_config, hub.name_of(model))
     if revision is not None:
         if peft_config.revision not in (None, revision):
             warnings.warn(

@@ -57,6 +57,10 @@ class TokenHolder(Wrapper):
                 raise
             return getattr(self.token_adapter, name)
 
+    @property
+    def original_module(self) -> nn.Module:
+        return self.token_adapter.get_base_layer()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.token_adapter(*args, **kwargs)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import convert, share
+from . import convert, sharded, share
 from .errors import AdapterError, LoadError, NoMatchingPeftModuleError
 from .kinds import Spec
 from .walk import walk
@@ -84,15 +84,18 @@ def collect(
     *,
     compact: bool = False,
     given: dict[str, Tensor] | None = None,
+    meta: bool = False,
 ) -> dict[str, Tensor]:
     """File key -> tensor. compact: tensors that layers share once (only veneer reads it). given: a state dict of the
-    model, gathered from shards, say, whose tensors stand in for the model's own."""
+    model, gathered from shards, say, whose tensors stand in for the model's own. meta: take tensors without data."""
     saved = [p for p in places(tuner, adapter, prefix) if p.saved]
     if given is None:
         out = {p.key: p.get().detach() for p in saved}
     else:
         out = _given(saved, given, adapter)
     for key, t in out.items():
+        if meta and t.is_meta:
+            continue
         if t.is_meta or (t.numel() == 0 and 0 not in _declared_shape(tuner, adapter, key, prefix)):
             raise AdapterError(
                 f"{key} holds no data ({'meta device' if t.is_meta else 'empty'}): parameters that are sharded or "
@@ -220,7 +223,11 @@ def put(
         report.mismatched_keys.clear()
     for _, layer in tuner.adapted_layers():
         layer.changed()
-        if (entry := layer.entries.get(adapter)) is not None and not layer.site.stored.is_meta:
+        if (entry := layer.entries.get(adapter)) is None:
+            continue
+        if layer.site.stored.is_meta:
+            layer.waiting.add(adapter)
+        else:
             entry.method.restore(layer.view(adapter), entry.cfg, layer.site.weight)
     return report
 
@@ -241,6 +248,9 @@ def _assign(place: Place, value: Tensor, report: LoadReport, made: dict[int, nn.
         made[id(old)] = nn.Parameter(value, requires_grad=old.requires_grad)
         made[id(made[id(old)])] = made[id(old)]
         place.holder._parameters[place.leaf] = made[id(old)]
+    elif sharded.is_sharded(old):  # FSDP holds on to the memory itself
+        with torch.no_grad():
+            old.copy_(sharded.like(value, old))
     else:
         old.data = value
 
@@ -306,7 +316,8 @@ def get_peft_model_state_dict(
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
 ) -> dict[str, Tensor]:
-    """File key -> tensor of one adapter, of a PeftModel or of a model that inject_adapter_in_model changed."""
+    """File key -> tensor of one adapter, of a PeftModel or of a model that inject_adapter_in_model changed (of that,
+    tensors that wait on the meta device too)."""
     from . import hub
     from .model import PeftModel
 
@@ -315,7 +326,7 @@ def get_peft_model_state_dict(
         out = hub.tensors_of(model, adapter_name) if state_dict is None else only(state_dict, model, adapter_name)
         out.update(hub._embeddings(model, adapter_name, save_embedding_layers))
         return out
-    return collect(tuner_of(model), adapter_name, prefix="", given=state_dict)
+    return collect(tuner_of(model), adapter_name, prefix="", given=state_dict, meta=True)
 
 
 def set_peft_model_state_dict(
@@ -429,7 +440,8 @@ def _compare(config: Any, named: set[str], model: nn.Module) -> None:
             warnings.warn(
                 "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
                 "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. The "
-                f"{whose} contained these additional target modules: {sorted(more)}.",
+                f"{whose} contained these additional target modules: {sorted(more)}. Adapters were made "
+                "where the state_dict has tensors.",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -6,6 +6,7 @@ W' - W = U S V^T;   B = U_r S_r,   A = V_r^T   (Eckart and Young 1936: no other 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import registry, state
-from .errors import AdapterError
+from .errors import AdapterError, CannotConvert, PeftWarning
 from .files import SAFE_NAME, write_tensors
 from .inits.prepared import pattern_key, progress, tuner_in
 from .inject import candidates, find
 from .kinds import Replace
+from .view import attribute
 
 if TYPE_CHECKING:
     from .layer import Adapted
@@ -57,12 +59,19 @@ def convert_to_lora(
     singular values) to keep, with ranks to match. A change of the bias becomes lora_bias, modules_to_save are
     copied. compile_kwargs: compile the decomposition with these arguments for torch.compile.
 
-    `errors` of the result says for each layer how far it is from the adapter. The model stays as it is. Raises
-    ValueError for a rank that does not fit and for adapters that no LoRA can stand in for, with the reason.
+    The tensors have the dtype of the adapter's own. `errors` of the result says for each layer how far it is from the
+    adapter. The model stays as it is. Raises ValueError for a rank that does not fit, CannotConvert (a TypeError) for
+    adapters that no LoRA can stand in for, with the reason.
     """
     tuner = _tuner(model, adapter_name)
     _check_rank(rank)
     layers = _layers(tuner, adapter_name)
+    if str(tuner.peft_config[adapter_name].peft_type.value) == "LORA":
+        warnings.warn(
+            "Converting a PEFT adapter to LoRA that is already a LoRA adapter: that only serves to change its rank",
+            PeftWarning,
+            stacklevel=2,
+        )
     decompose: Callable[[Tensor], Any] = lambda D: torch.linalg.svd(D, full_matrices=False)
     if compile_kwargs is not None:
         decompose = torch.compile(decompose, **compile_kwargs)
@@ -77,10 +86,11 @@ def convert_to_lora(
         r = ranks[name] = _rank(rank, S, layer)
         norm = float(S.norm())
         errors[name] = float(S[r:].norm()) / norm if norm else 0.0
-        tensors |= _tensors(name, layer, Vh[:r], U[:, :r] * S[:r])
+        found = _tensors(name, layer, Vh[:r], U[:, :r] * S[:r])
         if lora_bias:
-            new = torch.zeros(layer.site.out) if bias is None else bias
-            tensors[f"{ROOT}{name}.lora_B.bias"] = new.contiguous()
+            found[f"{ROOT}{name}.lora_B.bias"] = (torch.zeros(layer.site.out) if bias is None else bias).contiguous()
+        dtype = _stored_dtype(layer, adapter_name)
+        tensors |= {k: t.to(dtype) for k, t in found.items()}
     prefix = ROOT
     tensors |= {p.key: p.get().detach().clone() for p in state.module_places(tuner.model, adapter_name, prefix)}
     return Converted(_config(tuner, adapter_name, ranks, rank, lora_bias), tensors, errors)
@@ -108,8 +118,9 @@ def save_as_lora(
 def _tuner(model: nn.Module, adapter: str) -> Tuner:
     tuner = tuner_in(model)
     if tuner is None:
-        raise AdapterError(
-            f"{type(model).__name__} holds no adapters on layers: prompt methods add tokens and have no delta"
+        raise CannotConvert(
+            f"Could not detect any layer that supports LoRA conversion: {type(model).__name__} holds no adapters on "
+            "layers (prompt methods add tokens and have no delta)"
         )
     tuner.known(adapter)
     return tuner
@@ -119,9 +130,12 @@ def _check_rank(rank: int | float) -> None:
     if isinstance(rank, bool) or not isinstance(rank, int | float):
         raise AdapterError(f"rank={rank!r}: an integer, or a share of the energy in (0, 1]")
     if isinstance(rank, float) and not 0 < rank <= 1:
-        raise AdapterError(f"If rank is a float, it is the share of the energy to keep, in (0, 1]; got {rank}")
+        raise AdapterError(
+            f"If rank is a float, it is interpreted as a threshold. It must be between 0 and 1 but got {rank} (the "
+            "share of the energy to keep)"
+        )
     if isinstance(rank, int) and rank < 1:
-        raise AdapterError(f"rank={rank}: must be at least 1")
+        raise AdapterError(f"Passing a rank of {rank} doesn't make sense, it must be at least 1")
 
 
 def convertible(tuner: Tuner, adapter: str) -> bool:
@@ -139,15 +153,23 @@ def _layers(tuner: Tuner, adapter: str) -> dict[str, Adapted]:
     layers = _of(tuner, adapter)
     why = _why_not(tuner, adapter, layers)
     if why:
-        raise AdapterError(f"adapter {adapter!r} cannot be converted to LoRA: {why}")
+        kind = AdapterError if _trains_biases(tuner, adapter) else CannotConvert
+        raise kind(f"adapter {adapter!r} cannot be converted to LoRA: {why}")
     return layers
+
+
+def _trains_biases(tuner: Tuner, adapter: str) -> bool:
+    return getattr(tuner.peft_config[adapter], "bias", "none") not in ("none", None)
 
 
 def _why_not(tuner: Tuner, adapter: str, layers: dict[str, Adapted]) -> str:
     cfg = tuner.peft_config[adapter]
     why = ""
-    if getattr(cfg, "bias", "none") not in ("none", None):
-        why = f"bias={cfg.bias!r} trains biases of the base itself, which a LoRA file for this base would lose"
+    if _trains_biases(tuner, adapter):
+        why = (
+            f"The adapter's config sets bias={cfg.bias}, this is not supported right now: it trains biases of the base "
+            "itself, which a LoRA file for this base would lose"
+        )
     elif getattr(cfg, "trainable_token_indices", None):
         why = "trainable_token_indices replaces rows of the embedding; set it again for the new adapter"
     method: Any = registry.method_of(cfg)
@@ -189,12 +211,19 @@ def _change(layer: Adapted, adapter: str) -> tuple[Tensor, Tensor | None]:
     return delta, bias if bool(bias.any()) else None
 
 
+def _stored_dtype(layer: Adapted, adapter: str) -> torch.dtype:
+    """Of the adapter's trained tensors on a layer; float32 where all are shared with other layers."""
+    entry = layer.entries[adapter]
+    held = (getattr(*entry.where[attribute(k)]) for k, spec in entry.specs.items() if spec.train)
+    return next((t.dtype for t in held if t.is_floating_point()), torch.float32)
+
+
 def _rank(rank: int | float, S: Tensor, layer: Adapted) -> int:
     if isinstance(rank, int):
         if rank > len(S):
             raise AdapterError(
-                f"The chosen rank {rank} is larger than that of {layer.site!r} ({len(S)}); choose a lower one, or a "
-                "share of the energy such as 0.99"
+                f"The chosen rank {rank} is larger than the weight shape ({len(S)}), please choose a lower rank, or a "
+                f"share of the energy such as 0.99 (on {layer.site!r})"
             )
         return rank
     energy = S.double().square().cumsum(0)

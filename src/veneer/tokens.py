@@ -78,9 +78,8 @@ def tie_targets(tuner: Tuner, name: str, method: Method, targets: Sequence[Targe
 def _fresh(tuner: Tuner, module: Any, path: str, method: Method) -> Adapted:
     site = site_of(module, path, method.sites)
     if site is None:
-        raise AdapterError(
-            f"trainable_token_indices cannot be applied to {path} ({type(module).__name__}): it trains "
-            "rows of "
+        raise TypeError(
+            f"trainable_token_indices cannot be applied to modules of type {type(module)} ({path}): it trains rows of "
             "embeddings and linear heads that are not adapted or saved whole in another way (take it out of "
             "target_modules and modules_to_save)"
         )
@@ -92,13 +91,21 @@ def inject_option(tuner: Tuner, name: str, cfg: Any, *, meta: bool, fill: bool) 
     {module name: list}.
 
     Raises NoMatchingPeftModuleError for a name that matches nothing, ValueError where ensure_weight_tying meets
-    tied modules with different rows, AdapterError where the module is adapted in another way too.
+    tied modules with different rows or modules_to_save has the module too, TypeError where it is adapted in another way
+    or of another kind.
     """
     asked = getattr(cfg, "trainable_token_indices", None)
     if not asked:
         return
     method = registry.method("TRAINABLE_TOKENS")
     rows = dict(_named(tuner, asked))
+    whole = getattr(cfg, "modules_to_save", None) or []
+    twice = [path for path in rows if path.endswith(tuple([whole] if isinstance(whole, str) else whole))]
+    if twice:
+        raise ValueError(
+            f"The embedding layer is already marked to be trained fully: {', '.join(twice)} is in modules_to_save and "
+            "in trainable_token_indices; take it out of one of them"
+        )
     if getattr(cfg, "ensure_weight_tying", False) and not any(partners(tuner.model, path) for path in rows):
         warnings.warn(
             "ensure_weight_tying=True but the model does not have tied weights (no other module holds the weight of "

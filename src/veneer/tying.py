@@ -52,7 +52,9 @@ def tied_with(model: nn.Module, paths: Iterable[str], cfg: Any) -> dict[str, lis
     if not asked and found and not cfg.inference_mode:
         path, others = next(iter(found.items()))
         why = (
-            "`ensure_weight_tying` is not set to True" if option else f"{type(cfg).__name__} has no way to tie adapters"
+            "`ensure_weight_tying` is not set to True"
+            if option
+            else f"no implementation exists to tie the adapters of {type(cfg).__name__}"
         )
         said = (
             f"{path} holds the same weight as {', '.join(others)}, and {why}: what is trained there changes that "
@@ -79,7 +81,7 @@ def tied_with_embedding(model: Any) -> list[str]:
     table = base.get_input_embeddings()
     table = table.get_base_layer() if isinstance(table, Adapted) else table
     path = next((p for p, m in plain_modules(base, saved=True) if m is table), None)
-    return [] if path is None else partners(base, path)
+    return [] if path is None else sorted(partners(base, path))
 
 
 class Transposed(nn.Module):
@@ -102,18 +104,23 @@ class Transposed(nn.Module):
 
 
 def tie_factors(name: str, layers: Iterable[Adapted]) -> None:
-    """Give linear layers the factors of the embedding whose weight they hold, for one LoRA adapter."""
-    layers = list(layers)
-    for source in (layer for layer in layers if layer.site.kind == "embedding"):
-        for layer in layers:
-            if layer.site.kind != "linear" or layer.site.stored is not source.site.stored:
-                continue
-            entry, given = layer.entries[name], source.entries[name].where
-            for mine, theirs in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
-                box, adapter = given[theirs]
-                slot = Transposed(box, adapter)
-                held: Any = layer._modules[mine]
-                held[name] = slot
-                entry.where[mine] = (slot, "weight")
-                entry.specs[f"{mine}.weight"] = dataclasses.replace(entry.specs[f"{mine}.weight"], train=False)
-            layer.changed()
+    """Give linear layers the factors of the embedding whose weight they hold, for one LoRA adapter: of several that
+    of the model itself (T5's `shared`), not its encoder's or decoder's."""
+    layers = sorted(layers, key=lambda layer: layer.site.name.count("."))
+    sources: dict[int, Adapted] = {}
+    for layer in layers:
+        if layer.site.kind == "embedding":
+            sources.setdefault(id(layer.site.stored), layer)
+    for layer in layers:
+        held = sources.get(id(layer.site.stored))
+        if layer.site.kind != "linear" or held is None:
+            continue
+        entry, given = layer.entries[name], held.entries[name].where
+        for mine, theirs in (("lora_A", "lora_embedding_B"), ("lora_B", "lora_embedding_A")):
+            box, adapter = given[theirs]
+            slot = Transposed(box, adapter)
+            slots: Any = layer._modules[mine]
+            slots[name] = slot
+            entry.where[mine] = (slot, "weight")
+            entry.specs[f"{mine}.weight"] = dataclasses.replace(entry.specs[f"{mine}.weight"], train=False)
+        layer.changed()

@@ -11,7 +11,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,16 @@ from .tuner import Tuner
 
 _WITHIN = "base_model.lora_model."
 _TOGETHER = ("reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices", "reset")
+
+
+class Classifier(NamedTuple):
+    """An X-LoRA adapter's settings as they act now; setting one acts at the next call."""
+
+    config: Any
+
+    @property
+    def override_scaling_pass_value(self) -> float:
+        return self.config.scaling_pass_value
 
 
 class XLoraTuner(Tuner):
@@ -141,7 +151,7 @@ class XLoraTuner(Tuner):
 
     def _hidden(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The last hidden state of the base on this input, (rows, tokens, hidden), without gradient."""
-        asked = {k: v for k, v in kwargs.items() if k not in ("labels", "return_dict")}
+        asked = {k: v for k, v in kwargs.items() if k not in ("labels", "return_dict", "output_hidden_states")}
         cache = asked.get("past_key_values")
         if cache is not None:
             asked["past_key_values"] = cache.first_pass
@@ -197,6 +207,13 @@ class XLoraTuner(Tuner):
         return {**kwargs, "past_key_values": cache}
 
     # -- under peft's names ------------------------------------------------------------------------------------
+    @property
+    def internal_xlora_classifier(self) -> Classifier:
+        """What scripts look up of the classifier: `config` and `override_scaling_pass_value`."""
+        if self.name is None:
+            raise AttributeError("this model has no X-LoRA adapter any more")
+        return Classifier(self.cfg)
+
     def set_topk_lora(self, value: int | None) -> None:
         """Experts that a token keeps; None: all. Raises ValueError for more than there are."""
         if value is not None and not 1 <= value <= len(self.experts):
@@ -210,8 +227,8 @@ class XLoraTuner(Tuner):
         return self.cfg.global_scaling_weight
 
     def set_scaling_pass_value(self, value: float | None) -> None:
-        """Weight of each expert in the first pass; None: 0, the base alone."""
-        self.cfg.scaling_pass_value = 0.0 if value is None else value
+        """Weight of each expert in the first pass, 0 for the base alone; None: 1 / the number of experts."""
+        self.cfg.scaling_pass_value = 1 / len(self.experts) if value is None else value
 
     def get_latest_scalings(self) -> Tensor | None:
         """The last call's scalings, (rows, tokens, layers, experts), detached; None before the first call."""

@@ -55,6 +55,8 @@ PRIVATE = {
     "tuners.lora.velora": ("VeloraFunction", "_compress_activations"),
     "tuners.lora.arrow": ("_resolve_adapter_source",),
     "optimizers.riemannian": ("_RiemannianPreconditioner", "_collect_lora_pairs"),
+    "tuners.lora.monteclora": ("MontecloraSampler",),
+    "tuners.lora.layer": ("_LoraParameterProxy",),
     "tuners.osf.utils": ("decompose_weight_matrix",),
     "tuners.shira.layer": ("_warn_once_about_module_hooks",),
 }
@@ -66,7 +68,14 @@ def test_the_insides_of_variants_have_no_counterpart(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["_get_kasa_loss", "_init_vblora_vector_bank", "_init_tinylora_v", "get_nb_savable_parameters"]
+    "name",
+    [
+        "_get_kasa_loss",
+        "_init_vblora_vector_bank",
+        "_init_tinylora_v",
+        "get_nb_savable_parameters",
+        "_get_monteclora_loss",
+    ],
 )
 def test_nor_have_the_insides_of_models(name: str) -> None:
     assert not hasattr(Tuner, name)
@@ -151,3 +160,23 @@ def test_an_uninitialised_tinylora_starts_within_its_bound() -> None:
     found = [p for n, p in model.named_parameters() if "tinylora_v" in n]
     assert found
     assert all(0 < float(p.abs().max()) <= 0.3 for p in found)
+
+
+def test_ia3_on_all_linear_layers_loads_again(tmp_path: Path) -> None:
+    def base() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
+
+    theirs = peft.get_peft_model(base(), peft.IA3Config(task_type="CAUSAL_LM", target_modules="all-linear")).eval()
+    with torch.no_grad():
+        for n, p in theirs.named_parameters():
+            if "ia3_l" in n:
+                p.add_(torch.randn_like(p) * 0.1)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="should be a subset"):
+        peft.PeftModel.from_pretrained(base(), tmp_path)
+    ours = veneer.PeftModel.from_pretrained(base(), tmp_path)
+    torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="should be a subset of `target_modules`; not among the targets: proj"):
+        veneer.IA3Config(target_modules=["down_proj", "q"], feedforward_modules=["proj"])

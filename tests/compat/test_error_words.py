@@ -100,7 +100,7 @@ def test_tied_tokens_in_a_model_that_ties_nothing_say_so(lib: Any) -> None:
 
 def test_a_tied_layer_under_a_method_that_cannot_tie_says_so() -> None:
     with pytest.warns(
-        UserWarning, match=r"embed_tokens holds the same weight as lm_head, and LoKrConfig has no way to tie"
+        UserWarning, match=r"embed_tokens holds the same weight as lm_head, and no implementation exists to tie"
     ):
         veneer.get_peft_model(llama(), veneer.LoKrConfig(target_modules=["embed_tokens"]))
 

@@ -354,7 +354,7 @@ def test_every_method_on_layers_takes_layer_numbers() -> None:
             assert {"layers_to_transform", "layers_pattern"} <= set(fields), name
 
 
-def test_an_encoder_decoder_generates_from_a_positional_input() -> None:
+def test_an_encoder_decoder_generates_from_a_named_input() -> None:
     from transformers import BartConfig, BartForConditionalGeneration
 
     config = BartConfig(
@@ -365,5 +365,6 @@ def test_an_encoder_decoder_generates_from_a_positional_input() -> None:
     base = BartForConditionalGeneration(config).eval()
     model = veneer.get_peft_model(base, veneer.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q_proj"])).eval()
     ids = torch.tensor([[3, 4, 5]])
-    by_name = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False)
-    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), by_name)
+    assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[0] == 1
+    with pytest.raises(TypeError, match=r"takes keywords alone, got 1 by position; name the input"):
+        model.generate(ids, max_new_tokens=3, do_sample=False)
