@@ -43,7 +43,7 @@ bench: $(VENV)/.tested
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/table.py
 
-# every method, 1 to 2 hours on 2 cores; `make docs` then writes the tables
+# every method, about 45 minutes on one idle core; `make docs` then writes the tables
 bench-methods: $(VENV)/.tested
 	$(BIN)/python benchmarks/methods.py --json benchmarks/methods.json
 

@@ -1,30 +1,34 @@
 """Every registered method on one transformer: veneer against peft, and against the frozen base.
 
-    python benchmarks/methods.py [--methods LORA VERA] [--rounds 5] [--steps 1] [--batch 4] [--seq 64] [--json FILE]
+    python benchmarks/methods.py [--methods LORA VERA] [--missing] [--rounds 4] [--threads 1] [--json FILE]
 
 The base has 8 layers of SmolLM2-135M's width (hidden 576); each method adapts all its linear layers where it can. Each
 contestant is a process of its own. They take turns, --steps training steps each a round, and go first in turn, so
-that a change in the machine's speed hits all alike; ratios are taken round by round. Both packages start from the same
-tensors, which peft's process writes, and must have the same losses. "frozen" is the base's forward and the gradient of
-its input, nothing trained.
+that a change in the machine's speed hits all alike; ratios are taken round by round. With one thread they are ratios
+of the processor's time, which other programs on the machine hardly change; with more, of wall time. Both packages
+start from the same tensors, which peft's process writes, and must have the same losses. "frozen" is the base's forward
+and the gradient of its input, nothing trained.
 
---json takes in the results that the file already holds for other methods, if they are of the same case. `make docs`
-turns benchmarks/methods.json into the tables of docs/methods/README.md.
+--json takes in the results that the file already holds for other methods, if they are of the same case, so that the
+registry can be measured in slices; --missing leaves out those that it holds. `make docs` turns
+benchmarks/methods.json into the tables of docs/methods/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from common import Contestant, commit, forget_peak, machine, resident_mb, take_turns, write
+from common import commit, forget_peak, machine, resident_mb, take_turns, write
 
 SHAPE = {
     "vocab_size": 4096,
@@ -36,17 +40,20 @@ SHAPE = {
     "tie_word_embeddings": True,
     "pad_token_id": 0,
 }
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 4}
+CASE = ("batch", "seq", "steps", "threads")
 PACKAGES = ("peft", "veneer")
-SCRIPT = os.path.abspath(__file__)
+BY_TASK = ("POLY", "MULTITASK_PROMPT_TUNING")  # they want a task number a row
+PRELOADED = ["torch", "transformers.models.llama.modeling_llama", "peft", "veneer.docs.facts"]
 CLOSE = 1e-3  # of the losses of all steps together; tests/laws/test_parity.py holds single methods to 1e-4
 
 
 # -- a contestant's process ------------------------------------------------------------------------------
-def base_model(torch: Any) -> Any:
+def base_model(torch: Any, **smaller: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SHAPE))
+    return LlamaForCausalLM(LlamaConfig(**(SHAPE | smaller)))
 
 
 def build(torch: Any, package_name: str, method: str, folder: Path) -> Any:
@@ -84,22 +91,56 @@ def size_on_disk(model: Any) -> int:
         return sum(f.stat().st_size for f in Path(folder).rglob("*.safetensors"))
 
 
-def worker(args: argparse.Namespace) -> None:
-    """Build one contestant, then `steps` training steps for every line on stdin; a JSON line out for each."""
+class Contestant:
+    """A forked process that serves laps; the packages are imported once, in the process that it is forked from."""
+
+    def __init__(self, name: str, args: argparse.Namespace, method: str = "", folder: str = ""):
+        self.name: str = name
+        self.laps: list[dict[str, Any]] = []
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=worker, args=(theirs, name, args, method, folder), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.ready = self.read()
+
+    def read(self) -> dict[str, Any]:
+        try:
+            got: dict[str, Any] = self.pipe.recv()
+            return got
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"{self.name} stopped with {self.process.exitcode}; its error is above") from None
+
+    def lap(self) -> None:
+        self.pipe.send("go")
+        self.laps.append(self.read())
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join()
+
+
+def worker(pipe: Any, who: str, args: argparse.Namespace, method: str, folder: str) -> None:
+    """Build one contestant, then `steps` training steps for every word that comes."""
     import torch
 
+    torch.set_num_threads(args.threads)
     ids = torch.randint(1, SHAPE["vocab_size"], (args.batch, args.seq), generator=torch.Generator().manual_seed(0))
     call = {"input_ids": ids, "labels": ids}
+    if method in BY_TASK:
+        call["task_ids"] = torch.zeros(args.batch, dtype=torch.long)
     before = resident_mb()
     told: dict[str, Any] = {}
     optimizer = None
-    if args.worker == "frozen":
+    if who == "frozen":
         model = base_model(torch).requires_grad_(False).train()
         embeds = model.get_input_embeddings()(ids).detach().requires_grad_(True)
         call = {"inputs_embeds": embeds, "labels": ids}
     else:
         began = time.perf_counter()
-        model = build(torch, args.worker, args.methods[0], Path(args.folder)).train()
+        model = build(torch, who, method, Path(folder)).train()
         told["build_seconds"] = time.perf_counter() - began
         told["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         told["file_bytes"] = size_on_disk(model)
@@ -126,13 +167,18 @@ def worker(args: argparse.Namespace) -> None:
 
     step()  # warm-up
     forget_peak()
-    print(json.dumps({"ready": args.worker, **told}), flush=True)
-    for _ in sys.stdin:
-        began = time.perf_counter()
+    pipe.send(told)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        gc.collect()
+        began, cpu = time.perf_counter(), time.process_time()
         losses = [step() for _ in range(args.steps)]
-        seconds = (time.perf_counter() - began) / args.steps
+        seconds, cpu = ((time.perf_counter() - began) / args.steps, (time.process_time() - cpu) / args.steps)
         peak = resident_mb(peak=True) - before - weights
-        print(json.dumps({"seconds": seconds, "losses": losses, "peak_mb": peak}), flush=True)
+        pipe.send({"seconds": seconds, "cpu": cpu, "losses": losses, "peak_mb": peak})
 
 
 # -- the race --------------------------------------------------------------------------------------------
@@ -140,24 +186,23 @@ def race(method: str, frozen: Contestant, args: argparse.Namespace) -> dict[str,
     """One method's row: medians, and medians of ratios taken round by round."""
     frozen.laps = []
     with tempfile.TemporaryDirectory() as folder:
-        argv = [f"--{k}={getattr(args, k)}" for k in ("batch", "seq", "steps")]
-        argv += ["--methods", method, "--folder", folder]
         entrants: list[Contestant] = []
         try:
             for name in PACKAGES:  # peft first: it writes the tensors
-                entrants.append(Contestant(name, SCRIPT, argv))
+                entrants.append(Contestant(name, args, method, folder))
             take_turns([*entrants, frozen], args.rounds)
         finally:
             for c in entrants:
                 c.close()
-    return row(*entrants, frozen)
+    return row(*entrants, frozen, clock="cpu" if args.threads == 1 else "seconds") | {"rounds": args.rounds}
 
 
-def row(peft: Contestant, veneer: Contestant, frozen: Contestant) -> dict[str, Any]:
-    seconds = {c.name: [lap["seconds"] for lap in c.laps] for c in (peft, veneer, frozen)}
+def row(peft: Contestant, veneer: Contestant, frozen: Contestant, clock: str) -> dict[str, Any]:
+    """clock: what ratios are of, "cpu" or "seconds"."""
+    took = {k: {c.name: [lap[k] for lap in c.laps] for c in (peft, veneer, frozen)} for k in ("cpu", "seconds")}
     memory = {c.name: max(lap["peak_mb"] for lap in c.laps) for c in (peft, veneer, frozen)}
     losses = {c.name: [x for lap in c.laps for x in lap["losses"]] for c in (peft, veneer)}
-    ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+    ratio = lambda a, b: statistics.median(x / y for x, y in zip(took[clock][a], took[clock][b], strict=True))
     worst = max(abs(a - b) / abs(b) for a, b in zip(losses["veneer"], losses["peft"], strict=True))
     return {
         "time_ratio": ratio("veneer", "peft"),
@@ -165,8 +210,8 @@ def row(peft: Contestant, veneer: Contestant, frozen: Contestant) -> dict[str, A
         "peft_time_to_frozen": ratio("peft", "frozen"),
         "memory_ratio": memory["veneer"] / memory["peft"],
         "peak_mb": memory,
-        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "spread": {name: [min(values), max(values)] for name, values in seconds.items()},
+        **{k: {name: statistics.median(values) for name, values in by.items()} for k, by in took.items()},
+        "spread": {name: [min(values), max(values)] for name, values in took[clock].items()},
         "loss_difference": worst,
         "trained": veneer.ready["trained"],
         "peft_trained": peft.ready["trained"],
@@ -194,7 +239,37 @@ def capabilities(method: str) -> dict[str, bool]:
     from veneer.docs.facts import facts
 
     f = facts(method)
-    return {"mergeable": bool(f.merges), "mixed_batches": f.mixed}
+    return {"mergeable": bool(f.merges), "mixed_batches": f.mixed, "quantised": quantised(method)}
+
+
+def quantised(method: str) -> bool | None:
+    """Whether it trains on a small base in NF4; None: bitsandbytes is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    import bitsandbytes as bnb
+    import torch
+
+    import veneer
+    from veneer import registry
+    from veneer.docs.facts import settings
+
+    base = base_model(torch, hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=128, **HEADS)
+    for path, layer in list(base.model.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=False, quant_type="nf4")
+            new.load_state_dict(layer.state_dict())
+            base.model.set_submodule(path, new.to("cpu"))
+    call: dict[str, Any] = {"input_ids": torch.ones(2, 5, dtype=torch.long), "use_cache": False}
+    if method in BY_TASK:
+        call["task_ids"] = torch.zeros(2, dtype=torch.long)
+    chosen = registry.method(method)
+    try:
+        model = veneer.get_peft_model(base, chosen.Config(task_type="CAUSAL_LM", **settings(chosen)))
+        model(**call, labels=call["input_ids"]).loss.backward()
+    except (ValueError, NotImplementedError):
+        return False
+    grads = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+    return bool(grads) and all(g.isfinite().all() for g in grads)
 
 
 def kept(path: str | None, case: dict[str, Any]) -> dict[str, Any]:
@@ -208,25 +283,27 @@ def kept(path: str | None, case: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", type=str.upper, help="names of the registry (default: all)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--steps", type=int, default=1, help="training steps a contestant's turn has")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--missing", action="store_true", help="leave out methods that the file of --json holds")
     parser.add_argument("--json", help="write the result here, beside what it holds of other methods")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        worker(args)
-        return
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     from veneer import registry
+    from veneer.docs.facts import needs_others
 
-    names = args.methods or list(registry.METHODS)
+    names = args.methods or [n for n in registry.METHODS if not needs_others(registry.method(n))]
     if unknown := [n for n in names if n not in registry.METHODS]:
         parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(registry.METHODS)}")
-    case = {k: getattr(args, k) for k in ("batch", "seq", "rounds", "steps")} | {"shape": SHAPE}
-    result = {"case": case, "machine": machine(), "commit": commit(), "methods": kept(args.json, case)}
-    frozen = Contestant("frozen", SCRIPT, [f"--{k}={getattr(args, k)}" for k in ("batch", "seq", "steps")])
+    case = {k: getattr(args, k) for k in CASE} | {"shape": SHAPE}
+    held = kept(args.json, case)
+    names = [n for n in names if not (args.missing and n in held)]
+    result = {"case": case, "machine": machine(), "commit": commit(), "methods": held}
+    frozen = Contestant("frozen", args)
     print("time, memory: veneer's over peft's; /frozen: step time over the frozen base's\n" + HEAD, flush=True)
     failed = []
     for name in names:

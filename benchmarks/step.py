@@ -3,7 +3,7 @@
 "frozen" is the limit: the base's forward and the gradient of its input, nothing trained. "veneer" is the import
 changed and nothing else; "switches" has what `veneer train` turns on besides: base_kernels, the head's loss in chunks
 and at the labels alone, freed memory kept, and a beginning that rows share computed once. "int8" is switches with
-`base.matmul: int8`.
+`base.matmul: int8`, "small" switches with `mlp_checkpointing` and `return_memory`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def build(who: str, o: dict[str, Any]) -> Lap:
     else:
         model, trained = adapted(package(who), model, o)
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-    loss_of = with_switches(model, call) if who in ("switches", "int8") else lambda call: model(**call).loss
+    loss_of = lambda call: model(**call).loss
+    if who in ("switches", "int8", "small"):
+        loss_of = with_switches(model, call, who == "small")
     if who == "int8":
         from veneer.int8 import int8_base
 
@@ -72,21 +74,20 @@ def adapted(pkg: Any, model: Any, o: dict[str, Any]) -> tuple[Any, list[Any]]:
     return model, [p for _, p in named]
 
 
-def with_switches(model: Any, call: dict[str, Any]) -> Any:
+def with_switches(model: Any, call: dict[str, Any], small: bool) -> Any:
     import torch
 
     from veneer import base_kernels
-    from veneer.train.allocator import keep_blocks
+    from veneer.train.allocator import keep_blocks, return_blocks
     from veneer.train.loss import labelled_loss
     from veneer.train.prefix import shared_prefix
 
-    base_kernels(model).on()
-    keep_blocks()
+    base_kernels(model, mlp_checkpointing=small).on()
+    _ = return_blocks() if small else keep_blocks()
     batch = {"input_ids": call["input_ids"], "labels": call["labels"]}
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     context = ExitStack()
-    form = context.enter_context(shared_prefix(model, batch, batch["input_ids"].shape[1]))
-    assert form is not None
+    form = context.enter_context(shared_prefix(model, batch, batch["input_ids"].shape[1])) or (lambda batch: batch)
 
     def loss(_: Any, context: ExitStack = context) -> Any:  # the context lives as long as this function
         return labelled_loss(model, form(batch), None)
@@ -96,7 +97,7 @@ def with_switches(model: Any, call: dict[str, Any]) -> Any:
 
 def case(about: str, time: float, frozen: float, memory: float, **options: Any) -> Case:
     o = {**OPTIONS, **options}
-    own = ("veneer", "switches", "int8") if o["dtype"] == "float32" else ("veneer", "switches")
+    own = ("veneer", "switches", "small", *(("int8",) if o["dtype"] == "float32" else ()))
     return Case(
         about=f"LoRA step, {about}",
         build=build,
@@ -107,14 +108,15 @@ def case(about: str, time: float, frozen: float, memory: float, **options: Any) 
             **({("int8", "peft"): 0.6} if "int8" in own else {}),
             ("veneer", "frozen"): frozen,
             ("switches", "frozen"): frozen,
+            ("small", "peft"): None,
             ("peft", "frozen"): None,
         },
-        memory_targets={("veneer", "peft"): memory, ("switches", "peft"): memory},
-        agree=() if o["dropout"] else ("peft", "veneer", "switches"),
+        memory_targets={("veneer", "peft"): memory, ("switches", "peft"): memory, ("small", "peft"): memory},
+        agree=() if o["dropout"] else ("peft", "veneer", "switches", "small"),
         tolerance=1e-4 if o["dtype"] == "float32" else 2e-2,
         options=o,
         # as veneer.train.allocator sets it before torch is imported
-        env={who: {"THP_MEM_ALLOC_ENABLE": "1"} for who in ("switches", "int8")},
+        env={who: {"THP_MEM_ALLOC_ENABLE": "1"} for who in ("switches", "int8", "small")},
     )
 
 

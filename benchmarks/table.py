@@ -18,9 +18,9 @@ runs its contestants in processes of their own that take turns, round by round, 
 round: the table has their median, their lowest and their highest. Where both compute the same, their numbers are
 compared, and a difference fails the run. "frozen" is the base's own forward and the gradient of its input, nothing
 trained; "base" is the model without adapters; "switches" is veneer with what `veneer train` turns on (`base_kernels`,
-the loss in chunks at the labels alone, freed memory kept), "int8" the same with `base.matmul: int8`. "time" is the wall
-clock's, "cpu" the processor's, "memory" the peak above the base's weights. `python benchmarks/run.py CASE --rounds 3`
-runs one case.
+the loss in chunks at the labels alone, freed memory kept), "int8" the same with `base.matmul: int8`, "small" the same
+with `mlp_checkpointing` and `return_memory`. "time" is the wall clock's, "cpu" the processor's, "memory" the peak above
+the base's weights. `python benchmarks/run.py CASE --rounds 3` runs one case.
 """
 
 

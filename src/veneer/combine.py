@@ -15,16 +15,13 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from .combine_checks import ON_FACTORS, check_saved_modules, check_settings, refuse
-from .combine_math import Part, Settings, best_of_rank, combine, rank_within, relative_error
+from .combine_checks import check_saved_modules, check_settings, refuse
+from .combine_layers import Job, combine_layers
+from .combine_math import Settings
 from .errors import AdapterError, PeftWarning
-from .layer import Adapted
 
 if TYPE_CHECKING:
     from .tuner import Tuner
@@ -48,27 +45,6 @@ class Combined:
     @property
     def worst(self) -> float:
         return max(self.errors.values(), default=0.0)
-
-
-@dataclass
-class _New:
-    """One layer of the result."""
-
-    A: Tensor
-    B: Tensor
-    bias: Tensor | None
-    rank: int
-    error: float
-
-
-@dataclass
-class _Job:
-    tuner: Tuner
-    adapters: list[str]
-    weights: list[float]
-    settings: Settings
-    lora_bias: bool
-    new: dict[str, _New] = field(default_factory=dict)
 
 
 def add_weighted_adapter(
@@ -106,10 +82,9 @@ def add_weighted_adapter(
         raise AdapterError(
             f"{combination_type!r} says nothing of lora_bias; use 'cat', 'svd' or 'linear' for these adapters"
         )
-    job = _Job(tuner, names, numbers, settings, lora_bias)
-    for path, layer in tuner.adapted_layers():
-        if any(n in layer.entries for n in names):
-            job.new[path] = _combine_layer(job, path, layer)
+    job = Job(tuner, names, numbers, settings, lora_bias)
+    layers = [(path, layer) for path, layer in tuner.adapted_layers() if any(n in layer.entries for n in names)]
+    job.new = combine_layers(job, layers)
     cfg = _config(job)
     _write(job, adapter_name, cfg)
     done = Combined(adapter_name, combination_type, {path: new.error for path, new in job.new.items()})
@@ -117,67 +92,8 @@ def add_weighted_adapter(
     return done
 
 
-# -- one layer ---------------------------------------------------------------------------------------------
-def _stacked(layer: Adapted, name: str) -> tuple[Tensor, Tensor]:
-    """B (groups, out / groups, k) and A (groups, k, columns), in double precision where the device has it."""
-    view, site = layer.view(name), layer.site
-    if site.kind == "embedding":
-        B, A = view.lora_embedding_B, view.lora_embedding_A
-    else:
-        B, A = view.lora_B, view.lora_A
-    work = torch.float32 if A.device.type == "mps" else torch.float64
-    B, A = (t.detach().to(work).flatten(1).unflatten(0, (site.groups, -1)) for t in (B, A))
-    return B, A
-
-
-def _combine_layer(job: _Job, path: str, layer: Adapted) -> _New:
-    s, site, parts = job.settings, layer.site, []
-    for name, weight in zip(job.adapters, job.weights, strict=True):
-        if name in layer.entries:
-            parts.append(Part(*_stacked(layer, name), weight, layer.scaling[name]))
-    ranks = [p.A.shape[1] * site.groups for p in parts]
-    if s.combination_type in ON_FACTORS and len(set(ranks)) > 1:
-        raise ValueError(
-            f"All adapters must have the same r value when using combination_type {s.combination_type!r}; on "
-            f"{path} they have {', '.join(map(str, ranks))}. 'cat' and the svd types combine any ranks."
-        )
-    by_svd = s.combination_type.endswith("svd")
-    rank = (s.svd_rank or max(ranks)) if by_svd else sum(ranks) if s.combination_type == "cat" else ranks[0]
-    if s.svd_error is not None:
-        rank = rank_within(parts, s.svd_error) * site.groups
-    if rank % site.groups:
-        raise ValueError(f"svd_rank={rank} on {site!r}: must be a multiple of the convolution's {site.groups} groups")
-    quick = best_of_rank(parts, rank // site.groups) if _single(job, layer) else None
-    if quick is not None:
-        (B, A), error = quick
-    else:
-        B, A = combine(parts, s, rank // site.groups)
-        error = relative_error(parts, (B, A))
-    return _New(A, B, _bias(job, layer), rank, error)
-
-
-def _single(job: _Job, layer: Adapted) -> bool:
-    """Whether the plain "svd" is asked for, of factors in single precision or less, with double to work in."""
-    s = job.settings
-    if s.combination_type != "svd" or any(v is not None for v in (s.svd_clamp, s.svd_driver, s.svd_error)):
-        return False
-    stored = [p for n in job.adapters if n in layer.entries for p in layer.parameters_of(n)]
-    return all(p.dtype.itemsize <= 4 and p.device.type != "mps" for p in stored)
-
-
-def _bias(job: _Job, layer: Adapted) -> Tensor | None:
-    """lora_B's bias: the weighted sum of those there are."""
-    if not job.lora_bias:
-        return None
-    total = torch.zeros(layer.site.out, device=layer.site.device)
-    for name, weight in zip(job.adapters, job.weights, strict=True):
-        if name in layer.entries and layer.view(name).has("lora_B_bias"):
-            total = total + weight * layer.scaling[name] * layer.view(name).lora_B_bias.detach().float()
-    return total
-
-
 # -- the result ----------------------------------------------------------------------------------------------
-def _config(job: _Job) -> Any:
+def _config(job: Job) -> Any:
     """The result's config: lora_alpha = r on each layer, without rsLoRA, so that the scaling is 1."""
     configs = [job.tuner.peft_config[n] for n in job.adapters]
     first = configs[0]
@@ -209,7 +125,7 @@ def _config(job: _Job) -> Any:
     )
 
 
-def _selection(job: _Job, configs: list[Any]) -> dict[str, Any]:
+def _selection(job: Job, configs: list[Any]) -> dict[str, Any]:
     """The first adapter's choice of layers where all agree; else the layers' full names."""
     first = {k: getattr(configs[0], k) for k in SELECTION}
     if all(getattr(c, k) == v for c in configs[1:] for k, v in first.items()):
@@ -222,7 +138,7 @@ def _selection(job: _Job, configs: list[Any]) -> dict[str, Any]:
     return {"target_modules": "|".join(map(re.escape, paths)) if ambiguous else paths}
 
 
-def _write(job: _Job, adapter_name: str, cfg: Any) -> None:
+def _write(job: Job, adapter_name: str, cfg: Any) -> None:
     tuner = job.tuner
     tuner.add_adapter(adapter_name, cfg, fill=False)
     try:
@@ -236,7 +152,7 @@ def _write(job: _Job, adapter_name: str, cfg: Any) -> None:
             wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[holder].state_dict())
 
 
-def _fill(job: _Job, adapter_name: str) -> None:
+def _fill(job: Job, adapter_name: str) -> None:
     made = {path: layer for path, layer in job.tuner.adapted_layers() if adapter_name in layer.entries}
     if made.keys() != job.new.keys():
         odd = sorted(made.keys() ^ job.new.keys())

@@ -85,16 +85,19 @@ def decompose(B: Tensor, A: Tensor, driver: str | None = None) -> tuple[Tensor, 
     return QB @ U, S, Vh @ QA.mT
 
 
-def best_of_rank(parts: Sequence[Part], rank: int) -> tuple[Factors, float] | None:
-    """The best factors of a rank with A's rows orthonormal, as `split(*decompose(...))` has them, and their relative
-    error: through products of the factors with themselves, a fifth of the work of QR and SVD.
+def best_of_rank(parts: Sequence[Part], rank: int) -> tuple[Factors, Tensor] | None:
+    """The best factors of a rank with A's rows orthonormal, as `split(*decompose(...))` has them, and the relative
+    error over the groups: through products of the factors with themselves, a fifth of the work of QR and SVD.
+
+    The parts may be stacks of layers of one shape, (layers, groups, ...); so is what is returned, an error a layer.
 
     The parts in double precision; squaring leaves half of its digits, so it is for factors stored in float32 or less.
     The sum is B D A with D the parts' amounts. With A = S L Q^T (S the rows' lengths) and V the eigenvectors of
-    L^T S D B^T B D S L, the new factors are (B D S L V, V^T L^-1 S^-1 A). None where A's rows are too nearly dependent.
+    L^T S D B^T B D S L, the new factors are (B D S L V, V^T L^-1 S^-1 A). None where A's rows are too nearly dependent,
+    on any of the layers.
     """
     B, A = torch.cat([p.B for p in parts], -1), torch.cat([p.A for p in parts], -2)
-    D = torch.cat([p.B.new_full((p.A.shape[-2], 1), p.amount) for p in parts])
+    D = B.new_tensor([p.amount for p in parts for _ in range(p.A.shape[-2])]).unsqueeze(-1)
     square = A @ A.mT
     S = square.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)
     L, info = torch.linalg.cholesky_ex(square / (S * S.mT))
@@ -107,10 +110,10 @@ def best_of_rank(parts: Sequence[Part], rank: int) -> tuple[Factors, float] | No
     left = D * S * L
     squares, V = torch.linalg.eigh(left.mT @ (B.mT @ B) @ left)
     squares, V = squares.flip(-1).clamp(min=0), V.flip(-1)[..., :rank]
-    total, lost = float(squares.sum()), float(squares[..., rank:].sum())
+    total, lost = squares.sum((-2, -1)), squares[..., rank:].sum((-2, -1))
     missing = rank - V.shape[-1]
     new = F.pad(B @ (left @ V), (0, missing)), F.pad((V.mT @ inverse / S.mT) @ A, (0, 0, 0, missing))
-    return new, (lost / total) ** 0.5 if total else 0.0
+    return new, torch.where(total > 0, lost / total, 0.0).sqrt()
 
 
 def split(U: Tensor, S: Tensor, Vh: Tensor, rank: int, clamp: float | None) -> Factors:

@@ -4,7 +4,8 @@
         ...                            # the same numbers to rounding, gradients too
 
 transformers writes these as a dozen small operations each, and autograd keeps what every one of them needs. Here
-each is one autograd node that keeps its inputs alone. Only forwards are replaced, on this model's own modules;
+each is one autograd node that keeps its inputs alone, and its output is made again for backward (remade.py) where an
+adapter behind it would keep that. Only forwards are replaced, on this model's own modules;
 weights, names and state dicts stay. A module is taken only if the replacement gives its own numbers on a random
 input, so a norm that adds one to its weight, say, is left as it is.
 """
@@ -23,25 +24,32 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .kernels import plain_autograd
+from .remade import keep_sources, remember
 
 __all__ = ["BaseKernels", "base_kernels", "gated_silu", "rms_norm", "rotary"]
 
 
+def _scaled(x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
+    y = x * rstd
+    return y.mul_(w) if y.dtype == x.dtype == w.dtype else w * y.to(x.dtype)
+
+
 class _RMSNorm(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         work = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=work)
         rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, w, rstd)
+        ctx.mark_non_differentiable(rstd)
         ctx.eps = eps
-        y = x * rstd
-        return y.mul_(w) if y.dtype == x.dtype == w.dtype else w * y.to(x.dtype)
+        return _scaled(x, w, rstd), rstd
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w, rstd = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of the gradient is wanted: rstd must follow from x
+        graph = torch.is_grad_enabled()
+        if graph:  # of the gradient: rstd must follow from x
             rstd = (x.to(rstd.dtype).square().mean(-1, keepdim=True) + ctx.eps).rsqrt()
         gw = (g * w).to(rstd.dtype)
         x = x.to(rstd.dtype)
@@ -50,13 +58,15 @@ class _RMSNorm(Function):
             dw = (g * (x * rstd)).reshape(-1, x.shape[-1]).sum(0).to(w.dtype)
         if ctx.needs_input_grad[0]:
             c = torch.linalg.vecdot(gw, x).unsqueeze(-1) * rstd.pow(3) / x.shape[-1]
-            gx = torch.addcmul(gw * rstd, x, c, value=-1).to(g.dtype)
+            gx = torch.addcmul(gw * rstd, x, c, value=-1) if graph else gw.mul_(rstd).addcmul_(x, c, value=-1)
+            gx = gx.to(g.dtype)
         return gx, dw, None
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> Tensor:
     """w * x / sqrt(mean(x^2) + eps) over the last axis, the mean in float32 at least."""
-    return _RMSNorm.apply(x, w, eps)  # type: ignore[no-any-return]
+    y, rstd = _RMSNorm.apply(x, w, eps)  # type: ignore[misc]
+    return remember(y, _scaled, x, w, rstd)
 
 
 class _Rotary(Function):
@@ -84,11 +94,15 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotary.apply(x, cos, sin)  # type: ignore[no-any-return]
 
 
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
 class _GatedSilu(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return _gated(gate, up)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -96,12 +110,15 @@ class _GatedSilu(Function):
         if torch.is_grad_enabled():  # a graph of the gradient is wanted
             s = torch.sigmoid(gate)
             return g * up * s * (1 + gate * (1 - s)), gate * s * g
-        return torch.ops.aten.silu_backward(g * up, gate), F.silu(gate).mul_(g)
+        ggate = g * up
+        torch.ops.aten.silu_backward.grad_input(ggate, gate, grad_input=ggate)
+        return ggate, F.silu(gate).mul_(g)
 
 
 def gated_silu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up"""
-    return _GatedSilu.apply(gate, up)  # type: ignore[no-any-return]
+    y: Tensor = _GatedSilu.apply(gate, up)  # type: ignore[assignment]
+    return remember(keep_sources(y, gate, up), _gated, gate, up)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -128,8 +145,25 @@ def _norm_forward(module: nn.Module) -> Callable[..., Tensor] | None:
         return forward if _same(forward(x), original(x)) else None
 
 
-def _gate_forward(module: nn.Module) -> Callable[..., Tensor] | None:
-    """A replacement for down(silu(gate(x)) * up(x)), or None where the module is something else."""
+def _kept_as_call(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), marked as made by that call, which draws the same numbers again."""
+    if not any(isinstance(m, nn.Dropout) and m.training and m.p > 0 for m in layer.modules()):
+        return remember(layer(x), layer, x)
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all() if x.is_cuda else []
+
+    def again(x: Tensor) -> Tensor:
+        with torch.random.fork_rng(enabled=True, devices=range(len(states[1]))):
+            torch.set_rng_state(states[0])
+            torch.cuda.set_rng_state_all(states[1])
+            y: Tensor = layer(x)
+            return y
+
+    return remember(layer(x), again, x)
+
+
+def _gate_forward(module: nn.Module, recompute: bool = False) -> Callable[..., Tensor] | None:
+    """A replacement for down(silu(gate(x)) * up(x)), or None where the module is something else. `recompute`: gate(x)
+    and up(x) are not kept."""
     if not {"gate_proj", "up_proj", "down_proj"} <= set(module._modules):
         return None
     act = getattr(module, "act_fn", None)
@@ -142,7 +176,9 @@ def _gate_forward(module: nn.Module) -> Callable[..., Tensor] | None:
     def forward(x: Tensor) -> Tensor:
         if not plain_autograd(x):
             return original(x)
-        return m.down_proj(gated_silu(m.gate_proj(x), m.up_proj(x)))
+        call = _kept_as_call if recompute and torch.is_grad_enabled() else nn.Module.__call__
+        gate, up = call(m.gate_proj, x), call(m.up_proj, x)
+        return m.down_proj(gated_silu(gate, up))
 
     weight = getattr(m.gate_proj, "weight", None)  # an HQQ layer's has another name
     if weight is None or weight.is_meta or not weight.is_floating_point():
@@ -187,16 +223,19 @@ def _rotary_function(original: Callable[..., Any]) -> Callable[..., Any] | None:
 class BaseKernels:
     """What `base_kernels` found in a model; on() and off() switch it, `with` does both."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mlp_checkpointing: bool = False):
+        self.gates = 0
         self.forwards: list[tuple[nn.Module, Callable[..., Tensor]]] = []
         self.functions: list[tuple[ModuleType, Callable[..., Any], Callable[..., Any]]] = []
         files: dict[str, ModuleType] = {}
         for module in model.modules():
             if "forward" in module.__dict__:  # somebody else's already
                 continue
-            found = _norm_forward(module) or _gate_forward(module)
+            gate = _gate_forward(module, mlp_checkpointing)
+            found = gate or _norm_forward(module)
             if found is not None:
                 self.forwards.append((module, found))
+                self.gates += gate is not None
             name = type(module).__module__
             if name.startswith("transformers.models."):
                 files[name] = sys.modules[name]
@@ -230,6 +269,10 @@ class BaseKernels:
         return f"BaseKernels({len(self.forwards)} modules, {len(self.functions)} rotary functions)"
 
 
-def base_kernels(model: nn.Module) -> BaseKernels:
-    """Find what can be replaced in `model`; nothing changes before `on()` or `with`."""
-    return BaseKernels(model)
+def base_kernels(model: nn.Module, mlp_checkpointing: bool = False) -> BaseKernels:
+    """Find what can be replaced in `model`; nothing changes before `on()` or `with`.
+
+    mlp_checkpointing: of a gated feed-forward part nothing is kept, its gate and up projections are done again for
+    backward. About half of the memory that a step keeps, for a sixth of its products more.
+    """
+    return BaseKernels(model, mlp_checkpointing)

@@ -169,11 +169,12 @@ def add_one(
     where: Any = torch.device("meta") if meta and not refills else None
     view = layer.add(name, t.cfg, method, device=where, dtype=tuner.adapter_dtype(layer.site), shared=shared)
     if refills and not layer.site.stored.is_meta:
-        _init(method, view, t.cfg, layer)
+        fill_in(method, view, t.cfg, layer)
     _settle(t)
 
 
-def _init(method: Method, view: View, cfg: Any, layer: Adapted) -> None:
+def fill_in(method: Method, view: View, cfg: Any, layer: Adapted) -> None:
+    """A fresh adapter's initial values on one layer; some change the base's weight."""
     new = method.init(view, cfg, lambda: layer.site.weight().detach())
     if new is not None:
         if layer.merged_adapters:
@@ -221,7 +222,7 @@ def _place_shared(
         if callable(made):  # costly: not worked out where a file brings it
             made = made() if fill or not spec.save else torch.empty(spec.shape, dtype=spec.dtype)
             specs[key] = dataclasses.replace(spec, value=None)
-        value = made.to(device) if made.device != device else made
+        value = made if made.device == device or device.type == "meta" else made.to(device)  # drawn ones stay
         if spec.train:
             value = value.to(device="meta" if meta else device, dtype=tuner.adapter_dtype(site), copy=True)
         storage.place(tuner, key, name, spec, value, site)

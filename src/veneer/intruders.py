@@ -38,41 +38,55 @@ def reduce_intruder_dimension(
     Raises ValueError for settings out of range, and adapters that are not plain LoRA on the base's own weights.
     """
     _check(top_k, threshold_epsilon, mitigation_lambda)
-    tuner = tuner_in(peft_model)
-    if tuner is None:
-        raise AdapterError(f"{type(peft_model).__name__} holds no adapters on layers")
-    tuner.known(old_adapter_name)
-    cfg = tuner.peft_config[old_adapter_name]
-    method: Any = registry.method_of(cfg)
-    if method.name != "LORA" or method.changes_base(cfg):
-        what = method.name if method.name != "LORA" else f"init_lora_weights={cfg.init_lora_weights!r}"
-        raise AdapterError(
-            f"adapter {old_adapter_name!r} ({what}) cannot be reduced: this works for plain LoRA over the base's own "
-            "weights; save_as_lora makes one of other adapters"
-        )
-    tuner.add_adapter(new_adapter_name, _config_for_new(cfg))
+    tuner = _tuner_with(peft_model, old_adapter_name)
+    tuner.add_adapter(new_adapter_name, _config_for_new(tuner.peft_config[old_adapter_name]))
     found = {}
     for name, layer in tuner.adapted_layers():
         if old_adapter_name not in layer.entries:
             continue
-        old, new = layer.view(old_adapter_name), layer.view(new_adapter_name)
-        for key in old.where:
-            new.fill(key, getattr(old, key).detach())
-        layer.scaling[new_adapter_name] = layer.scaling[old_adapter_name]
+        _copy(layer, old_adapter_name, new_adapter_name)
         if layer.site.kind != "linear":
             continue
-        W = layer.site.weight().detach().float()
-        reduced, found[name] = reduce(W, layer.delta(old_adapter_name).float(), top_k, threshold_epsilon,
-                                      mitigation_lambda)  # fmt: skip
+        W, delta = layer.site.weight().detach().float(), layer.delta(old_adapter_name).float()
+        reduced, found[name] = reduce(W, delta, top_k, threshold_epsilon, mitigation_lambda)
         logging_sink(f"{name}: Intruders: {found[name]}")
         if found[name] and layer.scaling[new_adapter_name]:
-            U, S, Vh = torch.linalg.svd(reduced, full_matrices=False)
-            r = new.cfg.r
-            new.fill("lora_A", Vh[:r])
-            new.fill("lora_B", U[:, :r] * (S[:r] / layer.scaling[new_adapter_name]))
+            _factor(reduced, layer, new_adapter_name)
     tuner.set_adapter(new_adapter_name)
     logging_sink(f"Enabling new adapter {new_adapter_name}")
     return found
+
+
+def _tuner_with(peft_model: Any, adapter: str) -> Any:
+    """The model's tuner; AdapterError where the adapter is not a plain LoRA over the base's own weights."""
+    tuner = tuner_in(peft_model)
+    if tuner is None:
+        raise AdapterError(f"{type(peft_model).__name__} holds no adapters on layers")
+    tuner.known(adapter)
+    cfg = tuner.peft_config[adapter]
+    method: Any = registry.method_of(cfg)
+    if method.name != "LORA" or method.changes_base(cfg):
+        what = method.name if method.name != "LORA" else f"init_lora_weights={cfg.init_lora_weights!r}"
+        raise AdapterError(
+            f"adapter {adapter!r} ({what}) cannot be reduced: this works for plain LoRA over the base's own "
+            "weights; save_as_lora makes one of other adapters"
+        )
+    return tuner
+
+
+def _copy(layer: Any, old_adapter: str, new_adapter: str) -> None:
+    old, new = layer.view(old_adapter), layer.view(new_adapter)
+    for key in old.where:
+        new.fill(key, getattr(old, key).detach())
+    layer.scaling[new_adapter] = layer.scaling[old_adapter]
+
+
+def _factor(delta: Tensor, layer: Any, adapter: str) -> None:
+    """The adapter's factors: the best approximation of delta (out, inp) that its rank allows."""
+    p = layer.view(adapter)
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    p.fill("lora_A", Vh[: p.cfg.r])
+    p.fill("lora_B", U[:, : p.cfg.r] * (S[: p.cfg.r] / layer.scaling[adapter]))
 
 
 def reduce(W: Tensor, delta: Tensor, k: int, epsilon: float, keep: float) -> tuple[Tensor, int]:

@@ -6,7 +6,8 @@ low_rank_linear does a Linear and its low-rank change in one autograd node. It d
     y = x W^T + b + scaling * (drop(x) A^T) B^T
 
 in what it does not do: no copy of y to add the change, no second tensor for the input's gradient, no float mask
-for dropout, and nothing saved but x, h = drop(x) A^T (tokens, r) and one byte a masked number.
+for dropout, and nothing saved but x (or how it is made again, see remade.py), h = drop(x) A^T (tokens, r) and one byte
+a masked number.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .int8 import Int8Weight
+from .remade import keep_sources
 
 __all__ = ["low_rank_linear", "low_rank_reference", "mask_like", "plain_autograd"]
 
@@ -36,7 +38,13 @@ def plain_autograd(x: Tensor) -> bool:
 
 def mask_like(x: Tensor, rate: float) -> Tensor:
     """A boolean tensor of x's shape, each element True with probability 1 - rate."""
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate)
+    if x.device.type != "cpu" or rate >= 1 or torch.compiler.is_compiling():  # Dynamo knows no random_
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate)
+    # 64 drawn bits serve four elements, a quarter of bernoulli_'s work; the part of the rate below 2^-16 is drawn, too
+    count = x.numel()
+    drawn = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(1 << 63), None).view(torch.int16)[:count]
+    limit = (rate * (1 << 16) + torch.rand(())).to(torch.int32).sub_(1 << 15).clamp_(max=(1 << 15) - 1)
+    return (drawn >= limit).view(x.shape)
 
 
 def low_rank_reference(
@@ -63,7 +71,8 @@ def low_rank_linear(
     frozen W in both of its products."""
     if torch.is_grad_enabled():
         if A.requires_grad or W.requires_grad:
-            return _LowRankLinear.apply(x, W, b, A, B, scaling, keep, rate, int8)  # type: ignore[no-any-return]
+            y: Tensor = _LowRankLinear.apply(x, W, b, A, B, scaling, keep, rate, int8)  # type: ignore[assignment]
+            return keep_sources(y, x)
         if x.requires_grad or B.requires_grad or (b is not None and b.requires_grad):
             return low_rank_reference(x, W, b, A, B, scaling, keep, rate)  # a frozen A needs no x kept (LoRA-FA)
     with torch.no_grad():

@@ -264,7 +264,7 @@ class LowRank(Additive):
         if type(self).side is not LowRank.side:
             return super().forward(ps, x, base, args, kwargs)
         usual = type(self).read is LowRank.read and len(ps) == 1 and not args and not kwargs
-        if usual and base.plain(x):
+        if usual and ps[0].dropout_rate < 1 and base.plain(x):
             return self._at_once(ps[0], x)
         y = base(x, *args, **kwargs)
         for p in ps:

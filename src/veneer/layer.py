@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import row_cache, rows, storage
+from . import arrival, row_cache, rows, storage
 from .base_calls import Base, Stacked
 from .context import Host
 from .errors import AdapterError, CannotMerge, PeftWarning
@@ -45,6 +45,7 @@ class Adapted(nn.Module):
         self._backup: Any = None
         self._plans: dict[torch.dtype | None, tuple[Group, ...]] = {}
         self._plans_version = -1
+        self.waiting: set[str] = set()  # adapters loaded before the base's weight (arrival.py)
         self.live: Live | None = None  # once compiled code has it
         self.kept = row_cache.Kept()
         self.training = site.module.training
@@ -67,7 +68,7 @@ class Adapted(nn.Module):
             made = {n: e.method.derived[name] for n, e in self.entries.items() if name in e.method.derived}
             if not found and name not in self._derived:
                 return self._shared(name)
-            return found | {n: of(self.view(n)) for n, of in made.items()}
+            return storage.Named(found | {n: of(self.view(n)) for n, of in made.items()})
 
     def _shared(self, name: str) -> Any:
         """The container of a tensor that an adapter here shares with other layers; AttributeError for another name."""
@@ -99,7 +100,7 @@ class Adapted(nn.Module):
                 value = storage.empty(spec, (device if filed else None) or self.site.device, dtype or base_dtype)
             else:
                 assert isinstance(spec.value, Tensor)
-                value = spec.value.to(self.site.device)
+                value = spec.value if self.site.stored.is_meta else spec.value.to(self.site.device)
             storage.place(self, key, name, spec, value, self.site)
             entry.where[attribute(key)] = storage.holder_of(self, key, name)
         if shared is not None:
@@ -124,6 +125,7 @@ class Adapted(nn.Module):
                 f"{self.site!r}.)"
             )
         entry = self.entries.pop(adapter_name, None)
+        self.waiting.discard(adapter_name)
         if entry is None:
             return
         for key in entry.specs:
@@ -242,6 +244,8 @@ class Adapted(nn.Module):
     # -- what acts ----------------------------------------------------------------------------------------
     def groups(self, names: Sequence[str], dtype: torch.dtype | None) -> tuple[Group, ...]:
         """Adapters in order, neighbours of one method together."""
+        if self.waiting:
+            arrival.catch_up(self)
         out: list[tuple[Method, list[View]]] = []
         for name in names:
             if name in self.entries:
@@ -254,6 +258,8 @@ class Adapted(nn.Module):
 
     def view(self, adapter: str, dtype: torch.dtype | None = None) -> View:
         """One adapter's tensors, handed out in `dtype` (None: as stored)."""
+        if self.waiting:
+            arrival.catch_up(self)
         return View(self, adapter, dtype)
 
     @property
@@ -276,7 +282,8 @@ class Adapted(nn.Module):
         if found is None:
             live = self.enabled and not self.merged_adapters
             found = self.groups(self.active_adapters, dtype) if live else ()
-            self._plans[dtype] = found
+            if not self.waiting:
+                self._plans[dtype] = found
         return found
 
     def compute_dtype(self, x: Tensor) -> torch.dtype:
@@ -348,7 +355,9 @@ class Adapted(nn.Module):
         if not self.enabled:
             self.unmerge()  # a disabled layer is the base
         elif self.host.rows is not None:
-            raise AdapterError("adapter_names cannot be used while adapters are merged; call unmerge_adapter() first")
+            raise AdapterError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     # -- merging --------------------------------------------------------------------------------------------
     def merged_weights(self, names: Sequence[str]) -> Weights:
@@ -466,6 +475,14 @@ class Adapted(nn.Module):
     @property
     def out_features(self) -> int:
         return self.site.out
+
+    def _get_name(self) -> str:
+        """In a printed model: the first adapter's method and the kind of layer, "lora.Linear"."""
+        base = type(self.get_base_layer()).__name__
+        if base in ("Conv1D", "NonDynamicallyQuantizableLinear"):
+            base = "Linear"
+        first = next(iter(self.entries.values()), None)
+        return type(self).__name__ if first is None else f"{first.method.name.lower()}.{base}"
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {e.method.name}" for n, e in self.entries.items())

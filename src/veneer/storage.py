@@ -10,8 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import AdapterError
 from .kinds import Spec
 from .site import Site
+
+
+class Named(dict[str, Any]):
+    """Adapter name -> value; as in a module's container, an entry is an attribute, too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no adapter {name!r} here") from None
 
 
 class BufferDict(nn.Module):
@@ -67,6 +78,22 @@ class BufferDict(nn.Module):
 
     def extra_repr(self) -> str:
         return "\n".join(f"({k}): {v.dtype} {tuple(v.shape)}" for k, v in self.items())
+
+
+_CONTAINER = nn.ModuleDict()
+
+
+def check_name(adapter: str) -> None:
+    """Raise AdapterError for a name that no container can have an entry under."""
+    if not isinstance(adapter, str) or not adapter or "." in adapter:
+        raise AdapterError(
+            f"adapter name {adapter!r}: use a non-empty name without dots; it becomes part of tensor names"
+        )
+    if hasattr(_CONTAINER, adapter):
+        raise AdapterError(
+            f"adapter name {adapter!r} is an attribute of torch's modules, which hold adapters under their names; "
+            f"choose another, such as {adapter + '_adapter'!r}"
+        )
 
 
 class Slot(nn.Module):

@@ -60,7 +60,23 @@ def test_a_frozen_base_gets_no_gradient_of_its_own() -> None:
 
 def test_mask_has_the_rate_it_was_asked_for() -> None:
     torch.manual_seed(0)
-    assert mask_like(torch.empty(400, 500), 0.05).float().mean().item() == pytest.approx(0.95, abs=0.002)
+    assert mask_like(torch.empty(400, 501), 0.05).float().mean().item() == pytest.approx(0.95, abs=0.002)
+    assert mask_like(torch.empty(3, 5), 0.0).all()
+    assert not mask_like(torch.empty(3, 5), 1.0).any()
+    rare = 2.0**-18  # less than 16 bits can say
+    assert sum(int((~mask_like(torch.empty(1 << 16), rare)).sum()) for _ in range(400)) == pytest.approx(100, abs=45)
+
+
+def test_masks_are_the_generators_and_their_elements_apart() -> None:
+    x = torch.empty(1 << 14)
+    torch.manual_seed(3)
+    first, second = mask_like(x, 0.5), mask_like(x, 0.5)
+    torch.manual_seed(3)
+    assert torch.equal(mask_like(x, 0.5), first)
+    assert not torch.equal(first, second)
+    for step in range(1, 9):  # four elements share a draw
+        same = (first[:-step] == first[step:]).float().mean().item()
+        assert same == pytest.approx(0.5, abs=0.03)
 
 
 def adapted(bias: bool = True, **more: Any) -> tuple[Any, Any]:

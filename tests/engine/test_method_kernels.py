@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import veneer
-from veneer import frod_kernels, osf_kernels, scaled_kernels
+from veneer import fourier_kernels, frod_kernels, oft_kernels, osf_kernels, scaled_kernels
 from veneer.kernels import mask_like
-from veneer.methods import dora, fourierft, frod, osf, vera
+from veneer.methods import dora, fourierft, frod, oft, osf, vera
+from veneer.methods.boft import rotate_blocks
 from veneer.sparse_kernels import Pattern, pattern_of
 
 AT = torch.tensor([[3, 0, 2, 4, 1], [1, 2, 0, 3, 4]])  # in no order
@@ -98,6 +99,33 @@ def test_waves(out: int, inp: int) -> None:
     assert gradgradcheck(lambda t: fourierft.Waves.apply(t, u, v, out, inp), (s,))
 
 
+@pytest.mark.parametrize("out", [1, 4, 5])
+@pytest.mark.parametrize("inp", [1, 2, 6, 7])
+def test_spectral(out: int, inp: int) -> None:
+    """Every place of the spectrum, those that are their own mirror images, too."""
+    torch.manual_seed(0)
+    at, memory, x = fourierft.places(out, inp, out * inp, 7), {}, normal(2, 3, inp)
+    s = normal(out * inp)
+    halves = fourier_kernels.halves_of(memory, at, out, inp, s.dtype)
+    assert fourier_kernels.halves_of(memory, at, out, inp, s.dtype) is halves
+    change = fourierft.cosines(torch.zeros(out, inp, dtype=s.dtype).index_put((at[0], at[1]), s))
+    for node in (fourier_kernels.spectral, fourier_kernels.spectral_reference):
+        torch.testing.assert_close(node(x, s, halves), x @ change.mT)
+    assert gradcheck(lambda *a: fourier_kernels.spectral(*a, halves), (x, s))
+    assert gradgradcheck(lambda *a: fourier_kernels.spectral(*a, halves), (x, s))
+
+
+@pytest.mark.parametrize("size", [2, 4, 5])
+def test_rotated(size: int) -> None:
+    torch.manual_seed(0)
+    x, w = normal(2, 3, 3 * size), normal(3, size * (size - 1) // 2)
+    wanted = rotate_blocks(x, oft.cayley_neumann(oft.skew(w, size), 5))
+    for node in (oft_kernels.rotated, oft_kernels.rotated_reference):
+        torch.testing.assert_close(node(x, w, size), wanted)
+    assert gradcheck(lambda *a: oft_kernels.rotated(*a, size), (x, w))
+    assert gradgradcheck(lambda *a: oft_kernels.rotated(*a, size), (x, w))
+
+
 def test_a_pattern_is_found_once_until_its_places_change() -> None:
     memory: dict[str, Any] = {}
     at = AT.clone()
@@ -112,6 +140,8 @@ TAKEN: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
     "DoRA": (dora, "rescaled_low_rank", "LoraConfig", {"r": 2, "use_dora": True, "init_lora_weights": False}),
     "FRoD": (frod, "factored", "FrodConfig", {"sparse_rate": 0.1, "init_weights": False, "progressbar": False}),
     "OSF": (osf, "singular", "OSFConfig", {"effective_rank": 2, "init_weights": False}),
+    "OFT": (oft, "rotated", "OFTConfig", {"oft_block_size": 3, "init_weights": False}),
+    "FourierFT": (fourierft, "spectral", "FourierFTConfig", {"n_frequency": 9}),
 }
 
 
@@ -138,4 +168,5 @@ def test_layers_take_the_node_where_it_applies(name: str, how: str, monkeypatch:
     else:
         layer.base_layer.register_forward_hook(lambda *_: None)
         torch.testing.assert_close(model(x), wanted)
-    assert calls == [] or (name in ("FRoD", "OSF") and how == "hook")  # they have no product with the base's weight
+    beside = name in ("FRoD", "OSF", "OFT", "FourierFT")  # their nodes do not hold the product with the base's weight
+    assert calls == [] or (beside and how == "hook")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
-from veneer import row_cache
+from veneer import combine_layers, row_cache
 from veneer.combine_math import Part, best_of_rank, concatenate, decompose, relative_error, split
 from veneer.context import Rows
 from veneer.errors import PeftWarning
@@ -248,7 +248,7 @@ def test_best_of_rank_is_the_svd(groups: int, rank: int) -> None:
     expected = split(*decompose(*concatenate(parts)), rank, None)
     assert (B.shape, A.shape) == (expected[0].shape, expected[1].shape)
     torch.testing.assert_close(B @ A, expected[0] @ expected[1])
-    assert error == pytest.approx(relative_error(parts, expected), abs=1e-7)
+    assert float(error) == pytest.approx(relative_error(parts, expected), abs=1e-7)
 
 
 def test_best_of_rank_leaves_dependent_rows_to_qr() -> None:
@@ -262,3 +262,40 @@ def test_best_of_rank_leaves_dependent_rows_to_qr() -> None:
     assert zero is not None
     assert zero[1] == 0.0
     assert not zero[0][0].any()
+
+
+def stacked(layers: int = 6) -> Any:
+    """Three adapters of ranks 2, 3 and 4 on layers of two shapes; the last layer's factors are dependent."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[nn.Linear(8, 12) if i % 2 == 0 else nn.Linear(12, 8) for i in range(layers)])
+    names = [str(i) for i in range(layers)]
+    config = lambda r: veneer.LoraConfig(r=r, target_modules=names, init_lora_weights=False, alpha_pattern={"0": 3})
+    model: Any = veneer.get_peft_model(net, config(2), "p")
+    for name, r in (("q", 3), ("t", 4)):
+        model.add_adapter(name, config(r))
+    last = model.base_model.model[layers - 1]
+    with torch.no_grad():
+        last.lora_A["q"].weight[:2] = last.lora_A["p"].weight
+    return model
+
+
+@pytest.mark.parametrize("svd_rank", [None, 3])
+def test_layers_combined_at_once_or_alone(monkeypatch: pytest.MonkeyPatch, svd_rank: int | None) -> None:
+    model, sizes, real = stacked(), [], combine_layers.best_of_rank
+
+    def counted(parts: list[Part], rank: int) -> Any:
+        sizes.append(len(parts[0].A))
+        return real(parts, rank)
+
+    monkeypatch.setattr(combine_layers, "best_of_rank", counted)
+    asked: Any = {"adapters": ["p", "q", "t"], "weights": [0.5, -0.3, 0.2], "svd_rank": svd_rank}
+    together = model.base_model.add_weighted_adapter(**asked, adapter_name="together")
+    assert sorted(sizes) == [1, 2, 3]  # layer 0 has a scaling of its own
+    monkeypatch.setattr(combine_layers, "BATCH", 1)
+    alone = model.base_model.add_weighted_adapter(**asked, adapter_name="alone")
+    assert sizes[3:] == [1] * 6
+    assert list(together.errors) == list(alone.errors) == [f"{i}" for i in range(6)]
+    for path, error in alone.errors.items():
+        assert together.errors[path] == pytest.approx(error, abs=1e-6)
+        layer = model.base_model.model[int(path)]
+        torch.testing.assert_close(layer.get_delta_weight("together"), layer.get_delta_weight("alone"))

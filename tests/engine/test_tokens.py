@@ -296,7 +296,7 @@ def test_lora_on_tied_weights_is_one_pair_of_factors(targets):
         (("TrainableTokensConfig", {"token_indices": [-1]}), IndexError, "out of range"),
         (("TrainableTokensConfig", {"token_indices": [4, 4]}), ValueError, "more than once"),
         (lora(trainable_token_indices={"embed_token": [4]}), ValueError, "embed_tokens"),
-        (lora(target_modules=["embed_tokens"], trainable_token_indices=[4]), ValueError, "take it out"),
+        (lora(target_modules=["embed_tokens"], trainable_token_indices=[4]), TypeError, "take it out"),
         (
             lora(trainable_token_indices={"embed_tokens": [2], "lm_head": [1]}, ensure_weight_tying=True),
             ValueError,

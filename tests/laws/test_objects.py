@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import torch
 from law_cases import Case
-from lawlib import build, config, data, distance, every_case, randomize, tensors
+from lawlib import build, config, data, distance, every_case, exempt, randomize, tensors
 
 from veneer import registry
 from veneer.state import collect, put
@@ -84,6 +85,34 @@ def test_from_meta(case: Case) -> None:
     assert report.ok, report.text()
     assert not any(p.is_meta for p in u.parameters())
     assert torch.equal(u(x), t(x))
+
+
+@every_case()
+def test_loaded_before_the_base(case: Case) -> None:
+    """An adapter loaded onto a base on the meta device acts once the base's weights have come."""
+    from lawlib import Net
+
+    x = data(case)
+    t = randomize(build(case))
+    saved = {k: v.clone() for k, v in collect(t, "a0").items()}
+    base = Net(case.make_module).eval()
+    with torch.device("meta"):
+        empty = Net(case.make_module).eval()
+    exempt(case, "loaded before the base")
+    u = Tuner(empty, config(case), "a0", low_cpu_mem_usage=True, fill=False).eval()
+    report = put(u, "a0", saved)
+    assert report.ok, report.text()
+    arrive(u.model, base)
+    assert distance(u(x), t(x)) < 1e-6
+
+
+def arrive(model: Any, weights: Any) -> None:
+    """Give every module of a base, adapted or not, its weights."""
+    for path, module in weights.named_modules():
+        own = model.get_submodule(path)
+        own = getattr(own, "base_layer", own)
+        for name, p in module.named_parameters(recurse=False):
+            setattr(own, name, torch.nn.Parameter(p.detach().clone(), requires_grad=False))
 
 
 @every_case()

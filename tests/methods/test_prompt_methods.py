@@ -59,8 +59,9 @@ def test_the_file_of_an_lstm_prompt_has_no_dropout(tmp_path: Any) -> None:
 def test_p_tuning_settings() -> None:
     with pytest.raises(ValueError, match="'GRU' is not one of MLP, LSTM"):
         veneer.PromptEncoderConfig(encoder_reparameterization_type="GRU")
-    with pytest.warns(PeftWarning, match="encoder_num_layers=3"):
-        veneer.PromptEncoderConfig(encoder_num_layers=3)
+    sizes = {"num_virtual_tokens": 2, "token_dim": 4, "num_transformer_submodules": 1}
+    with pytest.warns(PeftWarning, match="for MLP, the argument `encoder_num_layers` is ignored"):
+        veneer.PromptEncoder(veneer.PromptEncoderConfig(encoder_num_layers=3, **sizes))
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "mlp", "lstm"])

@@ -537,7 +537,11 @@ def test_xlora_logs_and_settings(adapters: list[str]) -> None:
     m.set_scaling_pass_value(0.5)
     assert apart(m(input_ids=X).logits, y) > 1e-5
     m.set_scaling_pass_value(None)
-    assert torch.equal(m(input_ids=X).logits, y)
+    assert m.internal_xlora_classifier.override_scaling_pass_value == 1 / 3
+    m.set_scaling_pass_value(0)
+    assert torch.equal(m(input_ids=X, output_hidden_states=True).logits, y)
+    m.internal_xlora_classifier.config.top_k_lora = 1
+    assert torch.equal(m(input_ids=X).logits, top)
 
 
 def test_xlora_rows_copies_and_unloading(adapters: list[str]) -> None:

@@ -11,7 +11,8 @@ from .pages import NOTE, families, filename, merges, yes
 HEAD = """# The methods
 
 One page a method; each has its formula, tensors, fields and a program that runs."""
-COLUMNS = ("method", "in one line", "trained", "file", "step time", "against peft", "memory", "merges", "mixed batches")
+MEASURED = ("trained", "file", "step time", "against peft", "memory", "quantised")
+COLUMNS = ("method", "in one line", *MEASURED[:-1], "merges", "mixed batches", MEASURED[-1])
 GUIDE = """## Which one
 
 - Start with [LoRA](lora.md): it takes every layer, merges, mixes in a batch, and every server knows its files.
@@ -33,7 +34,7 @@ def overview(all_facts: Sequence[Facts], measured: dict[str, Any] | None) -> str
 
 
 def _table(all_facts: Sequence[Facts], rows: dict[str, Any]) -> str:
-    keep = [i for i, c in enumerate(COLUMNS) if rows or c not in COLUMNS[2:7]]
+    keep = [i for i, c in enumerate(COLUMNS) if rows or c not in MEASURED]
     lines = [[COLUMNS[i] for i in keep], ["---"] * len(keep)]
     for f in sorted(all_facts, key=lambda f: f.title.lower()):
         lines.append([_cells(f, rows.get(f.name))[i] for i in keep])
@@ -45,8 +46,12 @@ def _cells(f: Facts, r: dict[str, Any] | None) -> list[str]:
     if r is not None:
         numbers = [f"{r['trained']:,}", human(r["file_bytes"]), f"{r['time_to_frozen']:.2f}",
                    f"{r['time_ratio']:.2f}", f"{r['peak_mb']['veneer']:.0f} MB"]  # fmt: skip
-    can = [merges(f) if f.on_layers else "no", yes(f.mixed)]
+    can = [merges(f) if f.on_layers else "no", yes(f.mixed), _tried((r or {}).get("quantised"))]
     return [f"[{f.title}]({filename(f.name)})", f.summary, *numbers, *can]
+
+
+def _tried(works: bool | None) -> str:
+    return "" if works is None else yes(works)
 
 
 def human(size: float) -> str:
@@ -60,7 +65,9 @@ def human(size: float) -> str:
 
 def _how(measured: dict[str, Any]) -> str:
     case, machine, shape = measured["case"], measured["machine"], measured["case"]["shape"]
-    worst = max(r["loss_difference"] for r in measured["methods"].values())
+    rows = measured["methods"].values()
+    worst, rounds = max(r["loss_difference"] for r in rows), min(r.get("rounds", case.get("rounds")) for r in rows)
+    clock = "the processor's time" if case["threads"] == 1 else "wall time"
     return "\n".join(
         [
             "## How it was measured",
@@ -69,10 +76,13 @@ def _how(measured: dict[str, Any]) -> str:
             f"{case['batch']} x {case['seq']} tokens, float32; every linear layer adapted where the method can, with "
             "its page's settings. `step time`: forward, backward and AdamW over the frozen base's own forward and "
             "input gradient. `against peft`: step time over that of peft 0.21.2, below 1 is faster; median of "
-            f"{case['rounds']} rounds in which both took turns. `memory`: the peak above the base's weights. "
+            f"at least {rounds} rounds in which both took turns. Both are ratios of {clock}. With so few tokens the "
+            "base is a large part of every step: a method at 1.2 has little left to save, and peft's step is at most "
+            "halved where it takes more than twice the base's. `memory`: the peak above the base's weights. "
+            "`quantised`: it trains on a base in NF4. "
             f"`file`: the adapter's tensors on disk. The losses of both packages agree to {worst:.0e}.",
             "",
-            f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, "
+            f"{machine['device']}, {case['threads']} thread{'s' * (case['threads'] > 1)}, torch {machine['torch']}, "
             f"commit {measured['commit']}. `python benchmarks/methods.py --json benchmarks/methods.json` measures "
             "again, `make docs` writes this page.",
         ]

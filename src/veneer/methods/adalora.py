@@ -74,6 +74,13 @@ class AdaLoraConfig(LoraConfig):
                 f"`orth_reg_weight` should be greater than or equal to 0, but the value passed is "
                 f"{self.orth_reg_weight}"
             )
+        if self.r != type(self).r:
+            warnings.warn(
+                f"Note that `r` is not used in AdaLora and will be ignored (r={self.r}). If you intended to set the "
+                f"initial rank, use `init_r` instead (init_r={self.init_r}).",
+                PeftWarning,
+                stacklevel=3,
+            )
         if self.use_rslora or self.lora_bias:
             warnings.warn("AdaLoRA has no use_rslora and no lora_bias; they are ignored", PeftWarning, stacklevel=3)
 

@@ -118,6 +118,9 @@ class AdaMSS(LowRank):
     defaults = "adamss"
     settings: ClassVar[frozenset[str]] = frozenset()
     example: ClassVar[dict[str, Any]] = {"r": 8, "num_subspaces": 3}
+    exempt: ClassVar[dict[str, str]] = {
+        "loaded before the base": "the tensors' shapes follow from the clusters of the base's rows",
+    }
 
     def check(self, cfg: Any, site: Site) -> None:
         for key in ("r", "num_subspaces"):
@@ -129,7 +132,10 @@ class AdaMSS(LowRank):
         for cfg, site in zip(cfgs, sites, strict=True):
             own = copy.copy(cfg)
             if site.stored.is_meta:
-                raise ValueError(f"AdaMSS on {site!r} needs the base's weight, and it is on the meta device")
+                raise ValueError(
+                    f"AdaMSS on {site!r} needs the base's weight, and it is on the meta device; load the base's "
+                    "weights first"
+                )
             U, own.V = decomposed(cfg, site)
             own.clusters = clustered(U, min(cfg.num_subspaces, site.out))
             own.starts = [

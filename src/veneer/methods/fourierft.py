@@ -7,13 +7,14 @@ section 3.
 
 The places are the first of a random permutation with random_loc_seed, so they are not saved. The real part of the
 transform is a sum of cosines, the real part of fft2(F) / (out inp), half of which is computed; few frequencies against
-the layer's size make a product of cosines and sines of low rank instead. Merges.
+the layer's size make a product of cosines and sines of low rank instead. Training never makes the change: it transforms
+the activations (fourier_kernels.py). Merges.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -23,8 +24,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..config import AdapterConfig
+from ..fourier_kernels import halves_of, spectral
 from ..kinds import Additive, Spec
 from ..site import Site
+from ..sparse_kernels import sparse_fits
 from ..view import View
 
 
@@ -147,6 +150,23 @@ class FourierFT(Additive):
 
         (co, so), (ci, si) = waves(p.site.out, rows), waves(p.site.inp, columns)
         return torch.cat([co, -so]).mT, torch.cat([ci, si]) * s.repeat(2)[:, None]
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        if not all(self.by_rows(p, x) for p in ps):
+            return super().forward(ps, x, base, args, kwargs)
+        y = base(x, *args, **kwargs)
+        for p in ps:
+            out, inp, s = p.site.out, p.site.inp, self.spectrum(p)
+            halves = halves_of(p.memory, p.fourierft_indices, out, inp, s.dtype)
+            y = y + spectral(x, s / (out * inp), halves)
+        return y
+
+    def by_rows(self, p: View, x: Tensor) -> bool:
+        """Whether to transform activations: always while training, where the change's gradient would be a dense one,
+        else for few of them."""
+        few = 2 * x.numel() // p.site.inp < p.site.out + p.site.inp
+        trains = torch.is_grad_enabled() and p.fourierft_spectrum.requires_grad
+        return (few or trains) and self.dense(p) and sparse_fits(x, p.fourierft_spectrum)
 
     def delta(self, p: View) -> Tensor:
         if not self.dense(p):

@@ -44,10 +44,13 @@ class IA3Config(AdapterConfig):
         if isinstance(self.feedforward_modules, list | tuple):
             self.feedforward_modules = set(self.feedforward_modules)  # type: ignore[assignment]
         targets, feedforward = self.target_modules, self.feedforward_modules
-        if isinstance(targets, set) and isinstance(feedforward, set) and not feedforward <= targets:
-            extra = ", ".join(sorted(feedforward - targets))
+        if not (isinstance(targets, set) and isinstance(feedforward, set)):
+            return
+        ends = [f".{t}" for t in targets]  # "all-linear" is kept as whole paths, of which a name is the end
+        if extra := [n for n in sorted(feedforward) if not any(e.endswith(f".{n}") for e in ends)]:
             raise ValueError(
-                "`feedforward_modules` should be a subset of `target_modules`; not among the targets: " + extra
+                "`feedforward_modules` should be a subset of `target_modules`; not among the targets: "
+                + ", ".join(extra)
             )
 
 

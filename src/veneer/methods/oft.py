@@ -28,7 +28,9 @@ from torch import Tensor
 
 from ..config import AdapterConfig
 from ..errors import AdapterError
+from ..kernels import plain_autograd
 from ..kinds import Gate, Spec
+from ..oft_kernels import rotated
 from ..site import Site
 from ..view import View
 from .boft import rotate_blocks
@@ -180,10 +182,20 @@ class OFT(Gate):
         return w + (near - w).detach()
 
     def pre(self, p: View, x: Tensor) -> Tensor:
+        if self.usual(p, x):
+            return rotated(x, self.stored(p), block_size(p.cfg, p.site)[1])
         C = self.rotation(p).to(x.dtype)
         if len(C) > 1:
             return rotate_blocks(x, C)
         return (x.unflatten(-1, (-1, C.shape[-1])) @ C[0]).flatten(-2)
+
+    def usual(self, p: View, x: Tensor) -> bool:
+        """Whether one node can do it all: the default series, a block of its own for each run of features."""
+        cfg, w = p.cfg, self.stored(p)
+        series = cfg.use_cayley_neumann and cfg.num_cayley_neumann_terms == 5
+        plain = series and not (cfg.coft or cfg.block_share or cfg.module_dropout)
+        known = x.dtype == w.dtype and x.dtype in (torch.float32, torch.float64)
+        return plain and known and w.dim() == 2 and plain_autograd(x)
 
     def post(self, p: View, y: Tensor) -> Tensor:
         return self.pre(p, y)

@@ -49,12 +49,6 @@ class PromptEncoderConfig(PromptLearningConfig):
         if kind not in PromptEncoderReparameterizationType.__members__:
             raise ValueError(f"encoder_reparameterization_type={given!r} is not one of MLP, LSTM")
         self.encoder_reparameterization_type = PromptEncoderReparameterizationType[kind]
-        if kind == "MLP" and self.encoder_num_layers != 2:
-            warnings.warn(
-                f"encoder_num_layers={self.encoder_num_layers} is for the LSTM; the MLP has three linear maps",
-                PeftWarning,
-                stacklevel=3,
-            )
 
 
 class PromptEncoder(nn.Module):
@@ -76,6 +70,9 @@ class PromptEncoder(nn.Module):
             wide = 2 * hidden
             self.mlp_head = nn.Sequential(nn.Linear(wide, wide), nn.ReLU(), nn.Linear(wide, dim))
         else:
+            if config.encoder_num_layers != type(config).encoder_num_layers:
+                said = "for MLP, the argument `encoder_num_layers` is ignored. Exactly 2 MLP layers are used."
+                warnings.warn(said, PeftWarning, stacklevel=2)
             ends = nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim)
             self.mlp_head = nn.Sequential(*ends)
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import AdapterError
-from .pairs import Pair, group_stacks, pairs
+from ..layer import adapted_layers
+from .pairs import Pair, group_stacks, named_trained, pairs
 
 JITTER = 1e-8  # keeps A A^T invertible where rows of A coincide
 
@@ -81,6 +82,18 @@ def projected(pair: Pair, grad: Tensor) -> Tensor:
     return (torch.linalg.solve(metric, g, left=False) / pair.scaling**2).reshape(grad.shape).to(grad.dtype)
 
 
+def _scalings(model: nn.Module) -> dict[int, float]:
+    """id of a LoRA factor -> the scaling of its adapter on its layer, of the active adapters."""
+    active = ((layer, name) for _, layer in adapted_layers(model) for name in layer.active_adapters)
+    return {
+        id(getattr(*where)): layer.scaling[name]
+        for layer, name in active
+        if name in layer.entries
+        for key, where in layer.entries[name].where.items()
+        if key in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    }
+
+
 def create_lorafa_optimizer(
     model: nn.Module, r: int, lora_alpha: int, lr: float, weight_decay: float = 0.0, use_rslora: bool | None = None
 ) -> Optimizer:
@@ -88,7 +101,7 @@ def create_lorafa_optimizer(
 
     r, lora_alpha, use_rslora: those of the adapters' configs; the scaling of each layer is read off the layer, so
     patterns and scales set by hand count. Embeddings train both factors: their input is ids, and their A starts at
-    zero.
+    zero. The one group has the parameters' `names` and `scaling_factors` (None beside LoRA) along.
 
     Raises ValueError where there is no LoRA pair, or use_rslora contradicts a config.
     """
@@ -98,17 +111,24 @@ def create_lorafa_optimizer(
         odd = [n for n in active if bool(getattr(configs.get(n), "use_rslora", False)) != use_rslora]
         if odd:
             raise AdapterError(
-                f"use_rslora={use_rslora} was given, and the config of {', '.join(map(repr, odd))} says otherwise; "
-                "set it in LoraConfig and leave it out here"
+                f"use_rslora={use_rslora} was passed to create_lorafa_optimizer, and the config of "
+                f"{', '.join(map(repr, odd))} says otherwise; set it in LoraConfig and leave it out here"
             )
     found = [q for q in pairs(model) if q.B.requires_grad]
-    if not found:
+    scalings = _scalings(model)
+    if not found and not any(p.requires_grad and id(p) in scalings for p in model.parameters()):
         raise AdapterError(
             "create_lorafa_optimizer found no active lora_A and lora_B: LoRA-FA freezes A and trains B, so it needs a "
-            "LoRA adapter on linear or convolution layers"
+            "LoRA adapter on linear, convolution or embedding layers"
         )
     for q in found:
         q.A.requires_grad_(False)
-    optimizer = LoraFAOptimizer([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=weight_decay)
+    named = named_trained(model)
+    group = {
+        "params": [p for _, p in named],
+        "names": [n for n, _ in named],
+        "scaling_factors": [scalings.get(id(p)) for _, p in named],
+    }
+    optimizer = LoraFAOptimizer([group], lr=lr, weight_decay=weight_decay)
     optimizer.pairs = {id(q.B): q for q in found}
     return optimizer

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import registry
 from ..errors import AdapterError
 from ..kinds import Prompt
+from ..storage import check_name
 from . import cache, prepend, sizes
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def setup(peft_model: PeftModel, adapter_name: str, cfg: Any, fill: bool = True)
 
     fill: False where a file's tensors follow. Raises AdapterError for sizes that are not the base's.
     """
+    check_name(adapter_name)
     method, base = _method(cfg), peft_model.base_model
     sizes.fill(cfg, base, method.name, method.gives)
     embedding = base.get_input_embeddings()
@@ -105,6 +107,8 @@ def trained(peft_model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:
 def load_tensors(peft_model: PeftModel, adapter: str, tensors: dict[str, Tensor]) -> None:
     """Put a file's tensors into the adapter. Raises AdapterError for a shape that does not fit."""
     cfg, old = peft_model.peft_config[adapter], peft_model.prompt_encoder[adapter]
+    if any(p.is_meta for p in old.parameters()):  # the base's weights come after the adapter's
+        old.to_empty(device="cpu")
     new = _method(cfg).loaded(old, cfg, tensors)
     if new is not old:
         trains = any(p.requires_grad for p in old.parameters())

@@ -77,7 +77,8 @@ def fill(cfg: Any, base: Any, name: str, gives: str) -> None:
         cfg.num_transformer_submodules = 2 if task == "SEQ_2_SEQ_LM" or (task is None and both) else 1
     found: dict[str, int | None]
     if gives == "cache":
-        if not (accepts(base, "past_key_values") or accepts(backbone(base), "past_key_values")):
+        runs = type(base).forward is not nn.Module.forward
+        if runs and not (accepts(base, "past_key_values") or accepts(backbone(base), "past_key_values")):
             raise AdapterError(
                 f"{name} puts keys and values before those of each attention, and {type(base).__name__} "
                 "takes no past_key_values; use PROMPT_TUNING or LORA"
