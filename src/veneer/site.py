@@ -74,7 +74,12 @@ class Site(ABC):
         return self.to_canonical(self.stored)
 
     def bias(self) -> Tensor | None:
-        return self.module._parameters.get(self.names[1])
+        return self._held(self.names[1]).get(self.names[1])
+
+    def _held(self, name: str) -> dict[str, Any]:
+        """Where the module has a parameter: FSDP1 puts views of its flat one beside the registered ones in a call."""
+        own = self.module.__dict__
+        return own if name in own else own["_parameters"]  # type: ignore[no-any-return]
 
     def check(self, dropout: float) -> None:
         """Raise where this layer cannot be adapted, or not with this dropout on the adapter's input."""
@@ -112,16 +117,16 @@ class Site(ABC):
     @contextmanager
     def stand_in(self, W: Tensor, b: Tensor | None) -> Iterator[None]:
         """While it lasts the module reads these for its own weight and bias; gradients flow through them."""
-        held: dict[str, Any] = self.module._parameters
-        old = {name: held[name] for name in self.names if name in held}
+        old = {name: held[name] for name in self.names if name in (held := self._held(name))}
         dtype = old[self.names[0]].dtype
         try:
-            held[self.names[0]] = self.from_canonical(W).to(dtype)
+            self._held(self.names[0])[self.names[0]] = self.from_canonical(W).to(dtype)
             if b is not None and self.names[1] in old:
-                held[self.names[1]] = b.to(dtype)
+                self._held(self.names[1])[self.names[1]] = b.to(dtype)
             yield
         finally:
-            held.update(old)
+            for name, value in old.items():
+                self._held(name)[name] = value
 
     @property
     def dtype(self) -> torch.dtype:

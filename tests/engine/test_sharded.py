@@ -1,4 +1,5 @@
-"""Every method on two processes: alike on each (DDP), and with all tensors in parts (FSDP's fully_shard)."""
+"""Every method on two processes: alike on each (DDP), and with all tensors in parts (FSDP's fully_shard); and inside
+FSDP's older wrapper, which shows a layer views of one flat parameter."""
 
 from __future__ import annotations
 
@@ -11,6 +12,12 @@ from typing import Any
 
 import pytest
 import sharded_job
+import torch
+import torch.distributed as dist
+from law_cases import CASES
+from lawlib import build, data, randomize
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import veneer
 from veneer import registry
@@ -66,3 +73,47 @@ def test_two_processes_train_as_one_and_write_one_adapter(method: str, found: tu
     tensors = read_tensors(folder / method / "adapter_model.safetensors")
     wanted = veneer.get_peft_model_state_dict(alone)
     assert {k: v.shape for k, v in tensors.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: Any) -> Any:
+    """A group of this process alone."""
+    meet = tmp_path_factory.mktemp("group") / "meet"
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mha = nn.MultiheadAttention(8, 2)
+        nn.init.normal_(self.mha.in_proj_bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mha(x, x, x)[0]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_weights_stand_in_for_views_of_a_flat_parameter(alone: None) -> None:
+    torch.manual_seed(0)
+    cfg = veneer.LoraConfig(target_modules=["mha"], r=2, init_lora_weights=False)
+    model, x = veneer.get_peft_model(Attention(), cfg).eval(), torch.randn(5, 3, 8)
+    with model.disable_adapter():
+        base = model(x)
+    expected = model(x)
+    assert not torch.allclose(expected, base, atol=1e-3)
+    torch.testing.assert_close(wrapped(model)(x), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.no_grad()
+def test_flat_parameters(case: Any, alone: None) -> None:
+    tuner, x = randomize(build(case)).eval(), data(case)
+    expected = tuner(x)
+    torch.testing.assert_close(wrapped(tuner)(x), expected)
