@@ -262,6 +262,16 @@ def test_prefix_before_a_model_without_a_cache() -> None:
         get_peft_model(base, PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=N))
 
 
+def test_prefix_before_layers_of_unlike_widths() -> None:
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
+    more = {"num_hidden_layers": 2, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    base = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **more))
+    with pytest.raises(AdapterError, match="layers differ in head_dim, and a prefix has one width"):
+        get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
 def test_calls_that_do_not_fit() -> None:
     tokens, prefix = adapted("prompt", "llama", "CAUSAL_LM"), adapted("prefix", "llama", "CAUSAL_LM")
     ids = batch("CAUSAL_LM")["input_ids"]

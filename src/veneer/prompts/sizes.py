@@ -48,7 +48,15 @@ def text_config(base: nn.Module) -> Any:
 
 
 def _cache_sizes(config: Any, both: bool) -> dict[str, int | None]:
-    """Layers, key/value heads and width (heads * head width) of the cache; both: its decoder's."""
+    """Layers, key/value heads and width (heads * head width) of the cache; both: its decoder's. Raises AdapterError
+    where layers differ in them."""
+    differing = config.to_dict().get("per_layer_config") or {}  # layer -> what is its own
+    apart = {"head_dim", "num_key_value_heads"} & {key for values in differing.values() for key in values}
+    if apart:
+        raise AdapterError(
+            f"{type(config).__name__}: layers differ in {', '.join(sorted(apart))}, and a prefix has one width for "
+            "all of them; use PROMPT_TUNING or LORA"
+        )
     own = ("decoder_layers", "num_decoder_layers") if both else ()
     heads = _first(config, *(("decoder_attention_heads",) if both else ()), "num_attention_heads")
     head_dim = _first(config, "head_dim", "d_kv")
