@@ -55,7 +55,7 @@ def _cache_sizes(config: Any, both: bool) -> dict[str, int | None]:
     if apart:
         raise AdapterError(
             f"{type(config).__name__}: layers differ in {', '.join(sorted(apart))}, and a prefix has one width for "
-            "all of them; use PROMPT_TUNING or LORA"
+            "all of them; use a method on layers, such as LORA"
         )
     own = ("decoder_layers", "num_decoder_layers") if both else ()
     heads = _first(config, *(("decoder_attention_heads",) if both else ()), "num_attention_heads")
