@@ -479,6 +479,12 @@ class Tuner(nn.Module):
         if self._one(first.weight, second.weight):
             second.weight = first.weight
         else:
+            warnings.warn(
+                "Setting config.tie_word_embeddings to False: merging changed the embeddings and not the head that had "
+                "their weight, so the two are apart now and a saved model holds both",
+                PeftWarning,
+                stacklevel=4,
+            )
             config.tie_word_embeddings = False
 
     def _one(self, a: Tensor, b: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,11 @@ def test_tied_embeddings(targets: list[str], dora: bool, tmp_path: Path) -> None
     torch.testing.assert_close(logits(model), y, **CLOSE)
     model.unmerge_adapter()
     assert base.lm_head.weight is base.model.embed_tokens.weight
-    plain = model.merge_and_unload()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plain = model.merge_and_unload()
+    untied = any("Setting config.tie_word_embeddings to False" in str(w.message) for w in said)
+    assert untied is not plain.config.tie_word_embeddings
     torch.testing.assert_close(logits(plain), y, **CLOSE)
     plain.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(LlamaForCausalLM.from_pretrained(tmp_path).eval()), y, **CLOSE)
