@@ -137,7 +137,7 @@ def _public(text: str, repo: str, names: dict[str, str]) -> str:
 
 
 def push_adapter(
-    adapter: str,
+    adapter: str | Upload,
     repo: str,
     *,
     base: str | None = None,
@@ -149,12 +149,12 @@ def push_adapter(
 ) -> str:
     """Upload an adapter in one commit, to a repository that is made where it is missing; returns the commit's URL.
 
-    See plan_upload for what goes. token: else the one that `hf auth login` or HF_TOKEN left. Raises AdapterError as
-    plan_upload does, HubError where the hub refuses.
+    adapter: a folder, see plan_upload for what goes of it, or what plan_upload gave. token: else the one that
+    `hf auth login` or HF_TOKEN left. Raises AdapterError as plan_upload does, HubError where the hub refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    upload = plan_upload(adapter, repo, base=base)
+    upload = plan_upload(adapter, repo, base=base) if isinstance(adapter, str) else adapter
     with _said(repo, "write to"):
         api = HfApi(token=token)
         api.create_repo(repo, private=private, exist_ok=True)

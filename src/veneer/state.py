@@ -228,7 +228,7 @@ def put(
         if layer.site.stored.is_meta:
             layer.waiting.add(adapter)
         else:
-            entry.method.restore(layer.view(adapter), entry.cfg, layer.site.weight)
+            entry.method.restore(layer.view(adapter), entry.cfg, sharded.whole_weight(layer.site))
     return report
 
 

@@ -480,8 +480,8 @@ class Tuner(nn.Module):
             second.weight = first.weight
         else:
             warnings.warn(
-                "Setting config.tie_word_embeddings to False: merging changed the embeddings and not the head that had "
-                "their weight, so the two are apart now and a saved model holds both",
+                "Setting config.tie_word_embeddings to False: merging gave the embeddings and the head, which shared a "
+                "weight, one each, and a saved model holds both. Adapt them with ensure_weight_tying=True to keep one.",
                 PeftWarning,
                 stacklevel=4,
             )

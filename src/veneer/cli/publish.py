@@ -44,10 +44,9 @@ def push(
     if dry_run:
         typer.echo(f"would go to {repo}; the card:\n\n{upload.card}")
         return
-    url = push_adapter(
-        adapter, repo, base=base, private=private or None, revision=revision, create_pr=create_pr, message=message
+    typer.echo(
+        push_adapter(upload, repo, private=private or None, revision=revision, create_pr=create_pr, message=message)
     )
-    typer.echo(url)
 
 
 def pull(

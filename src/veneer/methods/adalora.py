@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..errors import AdapterError, PeftWarning
 from ..kinds import LowRank, Spec
+from ..sharded import refuse
 from ..site import Site
 from ..view import View
 from .lora import LoraConfig
@@ -160,6 +161,7 @@ class AdaLoRA(LowRank):
         weight = ps[0].cfg.orth_reg_weight
         if not weight:
             return None
+        refuse(ps[0].lora_A, self.name, "its loss reads all factors after the blocks that hold them")
         squares = [t for p in ps for t in (p.lora_A @ p.lora_A.mT, p.lora_B.mT @ p.lora_B)]
         norms = [torch.linalg.norm(t - torch.eye(len(t), dtype=t.dtype, device=t.device)) for t in squares]
         return weight * torch.stack([n.to(norms[0].device) for n in norms]).mean()

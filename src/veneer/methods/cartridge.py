@@ -22,6 +22,7 @@ from ..config import PromptLearningConfig
 from ..kinds import Prompt
 from ..prompts.cache import split
 from ..prompts.table import fits
+from ..sharded import like
 
 
 @dataclass
@@ -70,8 +71,8 @@ class CartridgeEncoder(nn.Module):
         frozen = 0 if self.frozen_embedding is None else len(self.frozen_embedding)
         with torch.no_grad():
             if self.frozen_embedding is not None:
-                self.frozen_embedding.copy_(prompt_embeddings[:frozen])
-            self.trainable_embedding.copy_(prompt_embeddings[frozen:])
+                self.frozen_embedding.copy_(like(prompt_embeddings[:frozen], self.frozen_embedding))
+            self.trainable_embedding.copy_(like(prompt_embeddings[frozen:], self.trainable_embedding))
 
 
 class Cartridge(Prompt):

@@ -29,6 +29,7 @@ from ..errors import AdapterError
 from ..kinds import Prompt
 from ..prompts.prepend import IGNORE
 from ..prompts.table import fits
+from ..sharded import full, like
 
 REFERENCE_DIM = 2048  # the width at which the epsilons are meant as they are given
 
@@ -85,11 +86,12 @@ class CPTEmbedding(nn.Module):
         self.register_buffer("limits", limits, persistent=False)
 
     def forward(self, indices: Tensor | None = None) -> Tensor:
-        delta, limits = self.delta_embedding.weight, self.limits[:, None]
+        held, limits = self.delta_embedding.weight, self.limits[:, None]
         with torch.no_grad():
+            delta = full(held)
             norms = delta.norm(dim=1, keepdim=True)
-            delta.copy_(torch.where(norms > limits, delta * (limits / norms), delta))
-        out = self.embedding.weight + delta * (limits > 0)
+            held.copy_(like(torch.where(norms > limits, delta * (limits / norms), delta), held))
+        out = full(self.embedding.weight) + full(held) * (limits > 0)
         return out if indices is None else out[indices]
 
     @staticmethod
@@ -124,7 +126,7 @@ class CPT(Prompt):
         value = tensors["prompt_embeddings"]
         fits(self.name, "prompt_embeddings", value, tuple(encoder.embedding.weight.shape))
         with torch.no_grad():
-            encoder.embedding.weight.copy_(value)
+            encoder.embedding.weight.copy_(like(value, encoder.embedding.weight))
             encoder.delta_embedding.weight.zero_()
         return encoder
 

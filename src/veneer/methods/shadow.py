@@ -28,6 +28,7 @@ from torch.nn.functional import gelu, linear
 from ..config import AdapterConfig
 from ..errors import AdapterError
 from ..kinds import Attach, Spec
+from ..sharded import refuse
 from ..site import Site
 from ..view import View
 
@@ -171,6 +172,7 @@ def current(p: View) -> Tensor:
 
 def updated(p: View, s: Tensor, y: Tensor) -> Tensor:
     """The state after a block whose output is y."""
+    refuse(p.shadow_update_gate_0, "SHADOW", "its networks run between the blocks")
 
     def net(part: str) -> Tensor:
         w = [getattr(p, f"shadow_update_{part}_{i}").to(y.dtype) for i in ("0", "0_bias", "2", "2_bias")]

@@ -51,9 +51,6 @@ def without_memory(train: dict[str, Any]) -> dict[str, Any]:
 
 def check_memory(recipe: Recipe, args: TrainingArguments) -> None:
     """Raise RecipeError where a switch cannot do what it says with the rest of the recipe, on this machine."""
-    from veneer import registry
-    from veneer.kinds import Method
-
     chosen = memory_options(recipe.train)
     if chosen.activation_offload and args.device.type == "cpu":
         problem = "training runs on the CPU, whose memory is where activations would be moved to"
@@ -62,8 +59,15 @@ def check_memory(recipe: Recipe, args: TrainingArguments) -> None:
     if chosen.mlp_checkpointing and not recipe.base.kernels:
         problem = "it is `base.kernels` that computes the feed-forward part again, and that is off"
         raise recipe.error("train", "mlp_checkpointing", problem=problem, hint="Leave `base.kernels` on.")
-    if not chosen.optimizer_in_backward:
-        return
+    if chosen.optimizer_in_backward:
+        _check_steps(recipe, args)
+
+
+def _check_steps(recipe: Recipe, args: TrainingArguments) -> None:
+    """Of `optimizer_in_backward`, which needs each gradient whole and alone."""
+    from veneer import registry
+    from veneer.kinds import Method
+
     method = registry.method_of(registry.config_class(recipe.adapter.method)(**recipe.adapter.options))
     scheduled = isinstance(method, Method) and type(method).scheduled is not Method.scheduled
     options = args.activation_checkpointing_kwargs
