@@ -51,7 +51,9 @@ class Lap:
 class Case:
     """about: one line. targets: (contestant, other) -> the ratio of times to reach; None: shown, without a target.
     agree: contestants whose numbers must be equal within `tolerance`. options: what build gets. rounds: the default.
-    env: environment variables of a contestant's process. needs: what is missing here to run the case, None: nothing."""
+    env: environment variables of a contestant's process. needs: what is missing here to run the case, None: nothing.
+    laps: this many a process, which then ends, so that no process keeps its luck with memory, and one alone is in
+    memory; 0: one process for all rounds."""
 
     about: str
     build: Callable[[str, dict[str, Any]], Lap]
@@ -64,6 +66,7 @@ class Case:
     rounds: int = 5
     env: dict[str, dict[str, str]] = field(default_factory=dict)
     needs: Callable[[], str | None] = lambda: None
+    laps: int = 0
 
 
 # -- memory ------------------------------------------------------------------------------------------------
@@ -180,20 +183,42 @@ def take_turns(field: list[Contestant], rounds: int) -> None:
             c.lap()
 
 
+def kept(case: Case, start: Callable[[str], Contestant], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """One process a contestant; -> name: laps."""
+    entrants: list[Contestant] = []
+    try:
+        for who in case.contestants:
+            entrants.append(start(who))
+        take_turns(entrants, rounds)
+    finally:
+        for c in entrants:
+            c.close()
+    return {c.name: c.laps for c in entrants}
+
+
+def fresh(case: Case, start: Callable[[str], Contestant], rounds: int) -> dict[str, list[dict[str, Any]]]:
+    """A process a contestant and round, one at a time; -> name: laps."""
+    by: dict[str, list[dict[str, Any]]] = {who: [] for who in case.contestants}
+    for i in range(rounds):
+        turn = i % len(case.contestants)
+        for who in case.contestants[turn:] + case.contestants[:turn]:
+            c = start(who)
+            try:
+                for _ in range(case.laps):
+                    c.lap()
+            finally:
+                c.close()
+            by[who] += c.laps
+    return by
+
+
 def race(name: str, case: Case, script: str, rounds: int, argv: list[str]) -> dict[str, Any]:
     """A case's row: medians, ratios with their spread, whether the targets were reached.
 
     Raises RuntimeError where a process fails or numbers differ that must not.
     """
-    entrants: list[Contestant] = []
-    try:
-        for who in case.contestants:
-            entrants.append(Contestant(who, script, ["--case", name, *argv], case.env.get(who)))
-        take_turns(entrants, rounds)
-    finally:
-        for c in entrants:
-            c.close()
-    by = {c.name: c.laps for c in entrants}
+    start = lambda who: Contestant(who, script, ["--case", name, *argv], case.env.get(who))
+    by = fresh(case, start, rounds) if case.laps else kept(case, start, rounds)
     return {
         "about": case.about,
         "options": case.options,

@@ -4,7 +4,8 @@
 
 The folder holds wnut17/{train,test}.conll and gsm8k/{train,test}.jsonl as their authors publish them. Both train on the
 same tokens, with the same adapter, rows a batch, learning rate and schedule; the epoch alone is timed, and the number
-that must agree is the mean loss of held-out labels after it (orders and dropout differ, so within a tenth).
+that must agree is the mean loss of held-out labels after it (orders and dropout differ, so within a tenth). "int8" is
+veneer with `base.matmul: int8`.
 """
 
 from __future__ import annotations
@@ -43,10 +44,12 @@ def folder() -> Path:
     return Path(given)
 
 
-def recipe_of(o: dict[str, Any]) -> Any:
+def recipe_of(who: str, o: dict[str, Any]) -> Any:
     from veneer.train import load_recipe
 
-    chosen, where = RECIPES[o["data"]], folder()
+    chosen, where = dict(RECIPES[o["data"]]), folder()
+    if who == "int8":
+        chosen["base"] = {"name": chosen["base"], "matmul": "int8"}
     data = {k: str(where / v) if k in ("train", "test") else v for k, v in chosen["data"].items()}
     train = {
         "num_train_epochs": 1, "per_device_train_batch_size": o["batch"], "learning_rate": o["lr"],
@@ -65,7 +68,7 @@ def build(who: str, o: dict[str, Any]) -> Lap:
     from veneer.train.prepare import model_options, prepare
 
     transformers.logging.set_verbosity_error()
-    recipe = recipe_of(o)
+    recipe = recipe_of(who, o)
     parts = prepare(recipe, Path(recipe.out) / "checkpoints")
     plan = parts.plan
     train, held_out = plan.train.select(range(o["rows"])), plan.test.select(range(o["held_out"]))
@@ -77,7 +80,7 @@ def build(who: str, o: dict[str, Any]) -> Lap:
         model, tokenizer = load_base(parts.ref, recipe.task, **model_options(plan))
         safe_pad(tokenizer, set(plan.stop_ids))
         model.config.pad_token_id = tokenizer.pad_token_id
-        return (ours if who == "veneer" else plain)(recipe, parts, model, tokenizer)
+        return (plain if who == "peft" else ours)(recipe, parts, model, tokenizer)
 
     def run(trainer: Any) -> None:
         state["trainer"] = trainer
@@ -146,14 +149,14 @@ def case(about: str, **options: Any) -> Case:
     return Case(
         about=about,
         build=build,
-        contestants=("peft", "veneer"),
-        targets={("veneer", "peft"): 0.5},
-        agree=("peft", "veneer"),
+        contestants=("peft", "veneer", "int8"),
+        targets={("veneer", "peft"): 0.5, ("int8", "peft"): 0.5},
+        agree=("peft", "veneer", "int8"),
         tolerance=0.1,
         options=options,
         rounds=2,
         # as veneer.train.allocator sets it before torch is imported
-        env={"veneer": {"THP_MEM_ALLOC_ENABLE": "1"}},
+        env={who: {"THP_MEM_ALLOC_ENABLE": "1"} for who in ("veneer", "int8")},
         needs=lambda: None if Path(os.environ.get(DATA, "-")).is_dir() else f"{DATA} is not set to a folder",
     )
 

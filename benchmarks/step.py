@@ -115,6 +115,8 @@ def case(about: str, time: float, frozen: float, memory: float, **options: Any) 
         agree=() if o["dropout"] else ("peft", "veneer", "switches", "small"),
         tolerance=1e-4 if o["dtype"] == "float32" else 2e-2,
         options=o,
+        rounds=3,
+        laps=2,
         # as veneer.train.allocator sets it before torch is imported
         env={who: {"THP_MEM_ALLOC_ENABLE": "1"} for who in ("switches", "int8", "small")},
     )

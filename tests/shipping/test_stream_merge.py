@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -270,6 +271,30 @@ def test_refusals_leave_nothing(sharded: Path, tmp_path: Path) -> None:
     with pytest.raises(merging.Different, match="differ from base"):
         merge_to_folder(str(broken), tmp_path / "m")
     assert not [p for p in tmp_path.iterdir() if p.name.startswith("m")]
+
+
+def test_rounding_is_judged_by_the_adapters_effect(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_adapter(sharded, LoraConfig(**LORA), tmp_path / "a")
+    done = merge_to_folder(str(folder), tmp_path / "m", tolerance={"float32": 0.0}, dtype="bfloat16")
+    assert 0 < done.certificate.of_effect < merging.ROUNDING
+    held = json.loads((tmp_path / "m" / "merge_certificate.json").read_text())
+    assert held["of_effect"] == done.certificate.of_effect
+    assert math.isnan(merge_to_folder(str(folder), tmp_path / "n", tolerance={"float32": 1.0}).certificate.of_effect)
+
+    def forget(mapped: Any, model: Any, *rest: Any, **more: Any) -> None:
+        held = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_B" in n}
+        for name in held:
+            model.get_parameter(name).data.zero_()
+        stream(mapped, model, *rest, **more)
+        for name, value in held.items():
+            model.get_parameter(name).data.copy_(value)
+
+    stream = merging.stream_merge
+    monkeypatch.setattr(merging, "stream_merge", forget)
+    with pytest.raises(merging.Different, match="100 % of what the adapter changes"):
+        merge_to_folder(str(folder), tmp_path / "o")
 
 
 def test_other_files_are_loaded_whole(llama: Path, tmp_path: Path) -> None:

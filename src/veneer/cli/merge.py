@@ -14,7 +14,8 @@ __all__ = ["merge"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 6e-2, "float16": 8e-3}
-"""Largest allowed difference of a logit, as a share of the largest logit: rounding, with room."""
+"""Difference of a logit, as a share of the largest logit, that is plain rounding; above it the adapter's own effect is
+the measure (see merge_to_folder)."""
 
 
 def merge(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["FILE", "SAMPLES", "Certificate", "Outputs", "certify", "outputs"]
+__all__ = ["FILE", "SAMPLES", "Certificate", "Outputs", "certify", "distance", "outputs"]
 
 FILE = "merge_certificate.json"
 SAMPLES = (
@@ -30,7 +30,8 @@ SAMPLES = (
 @dataclass(frozen=True)
 class Certificate:
     """largest_difference: of any logit; share: of the largest logit. kl_mean, kl_max: KL(adapter || merged) of the
-    next-token (or label) distributions, nats; nan for models without logits. top1_agreement: 0 to 1."""
+    next-token (or label) distributions, nats; nan for models without logits. top1_agreement: 0 to 1. distance: root
+    mean square over all logits; of_effect: as a share of what the adapter itself changes, nan where not looked at."""
 
     tokens: int
     largest_difference: float
@@ -39,6 +40,8 @@ class Certificate:
     kl_max: float
     top1_agreement: float
     dtype: str
+    distance: float = math.nan
+    of_effect: float = math.nan
 
     def write(self, folder: Path, name: str = FILE) -> None:
         held = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in dataclasses.asdict(self).items()}
@@ -49,6 +52,8 @@ class Certificate:
             f"largest logit difference to {other}: {self.largest_difference:.3g}; "
             f"same top token: {100 * self.top1_agreement:.1f} %"
         ]
+        if not math.isnan(self.of_effect):
+            out.append(f"rounding to {self.dtype} costs {100 * self.of_effect:.2g} % of what the adapter changes")
         if not math.isnan(self.kl_mean):
             out.append(
                 f"KL divergence: mean {self.kl_mean:.2g}, largest {self.kl_max:.2g} nats over {self.tokens} tokens"
@@ -89,4 +94,9 @@ def certify(before: Outputs, after: Outputs, dtype: str) -> Certificate:
         mean, largest = float(kl.mean()), float(kl.max())
     agree = float((a.argmax(-1) == b.argmax(-1)).double().mean())
     share = difference / max(float(a.abs().max()), 1e-12)
-    return Certificate(len(a), difference, share, mean, largest, agree, dtype)
+    return Certificate(len(a), difference, share, mean, largest, agree, dtype, distance(before, after))
+
+
+def distance(before: Outputs, after: Outputs) -> float:
+    """Root mean square of the difference over all values."""
+    return float((before.values - after.values).double().square().mean().sqrt())

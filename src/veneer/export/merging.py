@@ -20,11 +20,13 @@ from ..config import PeftConfig
 from ..errors import AdapterError, CannotMerge, PeftWarning
 from ..grow import rows_needed
 from ..opened import _labels, adapter_folder, model_class, open_adapter
-from .certificate import SAMPLES, Certificate, certify, outputs
+from .certificate import SAMPLES, Certificate, Outputs, certify, distance, outputs
 from .mapped import Mapped, Unmappable, mapped_model, shards
 from .streaming import fingerprint_of, stream_merge
 
 __all__ = ["Merged", "merge_to_folder"]
+
+ROUNDING = 0.25  # of the adapter's effect
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def merge_to_folder(
 ) -> Merged:
     """Merge an adapter into its base and write an ordinary model folder with a certificate of equality.
 
-    dtype: store as this torch dtype's name. tolerance: dtype name -> largest allowed difference of a logit as a
-    share of the largest. into: "original": the base's own weights, which must not be quantised; a name of
+    dtype: store as this torch dtype's name. tolerance: dtype name -> difference of a logit as a share of the largest
+    that needs no second look; one above it is rounding (which grows with a model's depth) as long as it is below
+    `ROUNDING` of what the adapter itself changes. into: "original": the base's own weights, which must not be quantised; a name of
     backends.loading.QUANTISED: the base quantised in this way; None: the base as its files are. A cut-off run goes on
     in `<out>.partial`. Raises Different where the check fails, and CannotMerge, AdapterError or BaseModelError; `out`
     is then not there.
@@ -76,7 +79,7 @@ def merge_to_folder(
     done = _write(asked, on_shard)
     allowed = {packed: math.inf} if packed is not None else tolerance or {}
     try:
-        found = _check(done.cls, partial, done.tokenizer, done.before, done.stored, samples, allowed, out)
+        found = _check(done, partial, samples, allowed.get(done.stored, 1e-3), out)
         _finish(partial, folder, done.tokenizer, found, str(name))
         told = _write_loss(partial, done.loss)
         os.replace(partial, out)
@@ -104,12 +107,13 @@ class _Asked:
 
 @dataclass
 class _Written:
-    """Merged files that are not checked yet. cls reads them; before: outputs of base and adapter; stored: the dtype, or
-    the way of quantising; why: the reason for which it was not streamed."""
+    """Merged files that are not checked yet. cls reads them; before: outputs of base and adapter; alone: of the base;
+    stored: the dtype, or the way of quantising; why: the reason for which it was not streamed."""
 
     cls: Any
     tokenizer: Any
-    before: Any
+    before: Outputs
+    alone: Callable[[], Outputs]
     stored: str
     why: str = ""
     loss: dict[str, Any] = field(default_factory=dict)
@@ -155,7 +159,7 @@ def _quantised(asked: _Asked, packed: str) -> _Written:
     """As `_load_whole`, and what quantising the merged weights anew cost: layer -> MergeError."""
     opened = open_adapter(asked.adapter, asked.base, need_base=True, quantize=asked.into)
     tokenizer = _tokenizer(opened.folder, None, opened.base_name)
-    before = outputs(opened.model, tokenizer, asked.samples)
+    before, alone = outputs(opened.model, tokenizer, asked.samples), _alone(opened.model, tokenizer, asked.samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PeftWarning)  # said by the caller
         opened.model.merge_adapter(safe_merge=asked.safe)
@@ -163,7 +167,7 @@ def _quantised(asked: _Asked, packed: str) -> _Written:
         merged = opened.model.merge_and_unload()
     shutil.rmtree(asked.partial, ignore_errors=True)
     merged.save_pretrained(asked.partial, save_original_format=False)  # transformers cannot go back from packed weights
-    return _Written(type(merged), tokenizer, before, packed, loss=loss)
+    return _Written(type(merged), tokenizer, before, lambda: alone, packed, loss=loss)
 
 
 def _write_loss(partial: Path, loss: dict[str, Any]) -> str:
@@ -231,19 +235,25 @@ def _stream(mapped: _Mapped, asked: _Asked, on_shard: Callable[[str, bool], None
         shutil.rmtree(partial, ignore_errors=True)
         raise
     stored = str(dtype or mapped.model.dtype).removeprefix("torch.")
-    return _Written(cls, tokenizer, outputs(model, tokenizer, asked.samples), stored)
+    before = outputs(model, tokenizer, asked.samples)
+    return _Written(cls, tokenizer, before, lambda: _alone(model, tokenizer, asked.samples), stored)
 
 
 def _load_whole(asked: _Asked) -> _Written:
     """The same with the model in memory, for files that cannot be mapped."""
     opened = open_adapter(asked.adapter, asked.base, need_base=True)
     tokenizer = _tokenizer(opened.folder, None, opened.base_name)
-    before = outputs(opened.model, tokenizer, asked.samples)
+    before, alone = outputs(opened.model, tokenizer, asked.samples), _alone(opened.model, tokenizer, asked.samples)
     merged = opened.model.merge_and_unload(safe_merge=asked.safe)
     merged = merged if asked.dtype is None else merged.to(asked.dtype)
     shutil.rmtree(asked.partial, ignore_errors=True)
     merged.save_pretrained(asked.partial)
-    return _Written(type(merged), tokenizer, before, str(merged.dtype).removeprefix("torch."))
+    return _Written(type(merged), tokenizer, before, lambda: alone, str(merged.dtype).removeprefix("torch."))
+
+
+def _alone(model: Any, tokenizer: Any, samples: Sequence[str]) -> Outputs:
+    with model.disable_adapter():
+        return outputs(model, tokenizer, samples)
 
 
 def _tokenizer(adapter: Path, base: Path | None, name: str = "") -> Any:
@@ -254,19 +264,22 @@ def _tokenizer(adapter: Path, base: Path | None, name: str = "") -> Any:
     return load_tokenizer(resolve_base(name) if base is None else BaseRef("folder", str(base), base))
 
 
-def _check(
-    cls: Any, partial: Path, tokenizer: Any, before: Any, stored: str, samples: Sequence[str],
-    tolerance: Mapping[str, float], out: Path,
-) -> Certificate:  # fmt: skip
+def _check(done: _Written, partial: Path, samples: Sequence[str], tolerance: float, out: Path) -> Certificate:
     """The written files, read back."""
-    model = mapped_or_loaded(cls, partial)
-    found = certify(before, outputs(model, tokenizer, samples), stored)
-    if not found.share <= tolerance.get(stored, 1e-3):
+    model = mapped_or_loaded(done.cls, partial)
+    found = certify(done.before, outputs(model, done.tokenizer, samples), done.stored)
+    if found.share <= tolerance:
+        return found
+    alone = done.alone()
+    effect = math.nan if alone.values.shape != done.before.values.shape else distance(alone, done.before)
+    share = found.distance / effect if effect else math.inf
+    if not share <= ROUNDING:
         raise Different(
             f"{out}: the merged logits differ from base + adapter by {found.largest_difference:.3g} "
-            f"({100 * found.share:.2g} %); nothing was kept. Try --dtype float32, or --safe"
+            f"({100 * found.share:.3g} % of the largest, {100 * share:.3g} % of what the adapter changes); nothing was "
+            "kept. Try --dtype float32, or --safe"
         )
-    return found
+    return dataclasses.replace(found, of_effect=share)
 
 
 def mapped_or_loaded(cls: Any, folder: Path) -> Any:
