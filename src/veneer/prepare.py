@@ -14,7 +14,9 @@ from .errors import PeftWarning
 
 def _packed(p: Tensor) -> bool:
     """Whether a parameter holds quantised values, whatever its dtype says."""
-    return type(p).__name__ in ("Params4bit", "Int8Params") or not p.is_floating_point()
+    kind = type(p)
+    ours = kind.__name__ in ("Params4bit", "Int8Params") or kind.__module__.startswith("optimum.quanto.")
+    return ours or not p.is_floating_point()
 
 
 def prepare_model_for_kbit_training(

@@ -64,6 +64,45 @@ def _hqq(layer: nn.Linear, bits: int) -> nn.Module:
     )
 
 
+def _quanto(layer: nn.Linear, kind: str) -> nn.Module:
+    from optimum import quanto
+
+    new = quanto.QLinear.from_module(layer, weights=getattr(quanto, f"q{kind}"))
+    new.freeze()
+    return new.requires_grad_(False)
+
+
+def _gptq(layer: nn.Linear) -> nn.Module:
+    """Codes by chance, 16 numbers around zero."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    new = TorchLinear(4, -1, True, False, layer.in_features, layer.out_features, layer.bias is not None)
+    new.qweight.random_(-(2**31), 2**31)
+    new.qzeros.fill_(0x77777777)
+    new.scales = torch.full_like(new.scales, 0.02, dtype=layer.weight.dtype)
+    new.g_idx.zero_()
+    if layer.bias is not None:
+        new.bias = layer.bias.detach().clone()
+    new.post_init()
+    return new
+
+
+def _aqlm(layer: nn.Linear) -> nn.Module:
+    """Codes and codebooks by chance: there is no quick way from a weight to them."""
+    from aqlm import QuantizedLinear
+
+    new = QuantizedLinear(
+        layer.in_features, layer.out_features, 8, 1, 1, 16, layer.bias is not None, dtype=layer.weight.dtype
+    )
+    with torch.no_grad():
+        new.codes.copy_(torch.randint(-(2**15), 2**15, new.codes.shape))
+        new.codebooks.normal_(std=0.1)
+        new.scales.fill_(1.0)
+        if layer.bias is not None:
+            new.bias.copy_(layer.bias)
+    return new.requires_grad_(False)
+
+
 #: name -> (library, how a plain layer becomes a quantised one, how large a part of a weight the rounding may be)
 KINDS: dict[str, tuple[str, Callable[[nn.Linear], nn.Module], float]] = {
     "nf4": ("bitsandbytes", partial(_bnb4, kind="nf4", nested=False), 0.12),
@@ -76,11 +115,18 @@ KINDS: dict[str, tuple[str, Callable[[nn.Linear], nn.Module], float]] = {
     "torchao-float8": ("torchao", partial(_ao, kind="float8"), 0.04),
     "hqq4": ("hqq", partial(_hqq, bits=4), 0.1),
     "hqq8": ("hqq", partial(_hqq, bits=8), 0.01),
+    "quanto-int8": ("optimum.quanto", partial(_quanto, kind="int8"), 0.01),
+    "quanto-int4": ("optimum.quanto", partial(_quanto, kind="int4"), 0.1),
+    "quanto-float8": ("optimum.quanto", partial(_quanto, kind="float8"), 0.04),
+    "gptq": ("gptqmodel", _gptq, 0.0),
+    "aqlm": ("aqlm", _aqlm, 0.0),
 }
+NO_MERGE = ("gptq", "aqlm")
 
 
 def needs(library: str) -> None:
-    if importlib.util.find_spec(library) is None:
+    parent = library.partition(".")[0]
+    if importlib.util.find_spec(parent) is None or importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed: pip install veneer[quant]")
 
 
@@ -112,6 +158,9 @@ def stored(layer: Any) -> dict[str, Tensor]:
         found |= {n: getattr(weight, n) for n in weight.tensor_data_names}
         if getattr(weight, "zero_point", None) is not None:
             found["zero_point"] = weight.zero_point
+    elif type(layer).__name__ == "QLinear":
+        names, _ = weight.__tensor_flatten__()
+        found |= {n: getattr(getattr(weight, n), "_data", getattr(weight, n)) for n in names}
     elif type(layer).__name__ == "HQQLinear":
         found |= {"W_q": layer.W_q, **{k: v for k, v in layer.meta.items() if torch.is_tensor(v)}}
     elif type(layer).__name__ == "Linear4bit":
@@ -141,6 +190,9 @@ def model_config(kind: str) -> Any:
     if kind == "int8":
         needs("bitsandbytes")
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if kind.startswith("quanto"):
+        needs("optimum.quanto")
+        return transformers.QuantoConfig(weights=kind.removeprefix("quanto-"))
     needs("torchao")
     import torchao.quantization as q
 

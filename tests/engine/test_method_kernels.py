@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import veneer
-from veneer import fourier_kernels, frod_kernels, oft_kernels, osf_kernels, scaled_kernels
+from veneer import (
+    circulant_kernels,
+    fourier_kernels,
+    frod_kernels,
+    hadamard_kernels,
+    kernels,
+    oft_kernels,
+    osf_kernels,
+    scaled_kernels,
+)
 from veneer.kernels import mask_like
-from veneer.methods import dora, fourierft, frod, oft, osf, vera
+from veneer.methods import c3a, dora, fourierft, frod, oft, osf, randlora, tinylora, vera
 from veneer.methods.boft import rotate_blocks
 from veneer.sparse_kernels import Pattern, pattern_of
 
@@ -34,6 +43,18 @@ def arguments(name: str, bias: bool) -> list[Any]:
         return [x, W, b, normal(2, 5, grad=False), normal(4, 2, grad=False), normal(2), normal(4), 1.7, keep, rate]
     if name == "rescaled_low_rank":
         return [x, W, b, normal(2, 5), normal(4, 2), normal(4), 1.7]
+    if name == "modulated":
+        parts = [normal(4, 2), normal(2, 5)] if bias else [None, None]
+        return [W, normal(4, 5, grad=False), normal(4, 3), normal(3, 5), *parts, 1.7]
+    if name == "hadamard":
+        return [W, normal(4, 2), normal(2, 5), normal(4, 3), normal(3, 5), 1.7]
+    if name == "circulant":
+        n = 3 if bias else 2
+        return [normal(2, 3, 2 * n), normal(3 * n, 2 * n), normal(3 * n) if bias else None, normal(3, 2, n)]
+    if name == "low_rank_onto":
+        return [x, W.detach(), b, normal(2, 3, 2), normal(4, 2), 1.7]
+    if name == "scaled_bases":
+        return [normal(3, 2), normal(3, 1, 5, grad=False), normal(2, 5)]
     frozen = [normal(4, 5, grad=False), normal(5, 5, grad=False)]
     if name == "factored":
         return [x, *frozen, normal(5), normal(5), b, Pattern(AT, 5, 5)]
@@ -46,6 +67,14 @@ NODES: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "rescaled_low_rank": (scaled_kernels.rescaled_low_rank, scaled_kernels.rescaled_low_rank_reference),
     "factored": (frod_kernels.factored, frod_kernels.factored_reference),
     "composed": (frod_kernels.composed, frod_kernels.composed_reference),
+    "modulated": (hadamard_kernels.modulated, hadamard_kernels.modulated_reference),
+    "hadamard": (hadamard_kernels.hadamard, hadamard_kernels.hadamard_reference),
+    "circulant": (circulant_kernels.circulant_linear, circulant_kernels.circulant_reference),
+    "low_rank_onto": (
+        kernels.low_rank_onto,
+        lambda x, W, b, h, B, s: nn.functional.linear(x, W, b) + nn.functional.linear(h, B) * s,
+    ),
+    "scaled_bases": (randlora.scaled_bases, randlora.scaled_bases_reference),
 }
 
 
@@ -142,7 +171,39 @@ TAKEN: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
     "OSF": (osf, "singular", "OSFConfig", {"effective_rank": 2, "init_weights": False}),
     "OFT": (oft, "rotated", "OFTConfig", {"oft_block_size": 3, "init_weights": False}),
     "FourierFT": (fourierft, "spectral", "FourierFTConfig", {"n_frequency": 9}),
+    "C3A": (c3a, "circulant_linear", "C3AConfig", {"block_size": 6}),
+    "TinyLoRA": (tinylora, "low_rank_onto", "TinyLoraConfig", {"u": 3, "init_weights": False}),
 }
+WEIGHTS: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "LoHa": (hadamard_kernels._Hadamard, "LoHaConfig", {"r": 2, "init_weights": False}),
+    "HiRA": (hadamard_kernels._Modulated, "HiraConfig", {"r": 2, "init_weights": False}),
+    "GLoRA": (hadamard_kernels._Modulated, "GloraConfig", {"r": 2, "init_weights": False}),
+    "RandLoRA": (randlora._ScaledBases, "RandLoraConfig", {"r": 2, "init_weights": False}),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_no_matrix_of_a_weights_making_is_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the new weight itself nothing of its size is saved, and the output is that of the merged weight."""
+    node, config, settings = WEIGHTS[name]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 96)).double()
+    model: Any = veneer.get_peft_model(net, getattr(veneer, config)(target_modules=["0"], **settings))
+    calls, real, own = [], node.apply, {t.data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    monkeypatch.setattr(node, "apply", lambda *a: (calls.append(1), real(*a))[1])
+    saved: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        if t.data_ptr() not in own:
+            saved[t.untyped_storage().data_ptr()] = t.numel()
+        return t
+
+    x = torch.randn(3, 64, dtype=torch.float64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = model(x)
+    assert calls == [1]
+    assert sum(n >= 64 * 64 for n in saved.values()) <= 1
+    torch.testing.assert_close(y, nn.functional.linear(x, *model.base_model.model[0].effective()))
 
 
 @pytest.mark.parametrize("how", ["plain", "func", "autocast", "hook"])
@@ -154,6 +215,7 @@ def test_layers_take_the_node_where_it_applies(name: str, how: str, monkeypatch:
     model: Any = veneer.get_peft_model(net, getattr(veneer, config)(target_modules=["0"], **settings))
     layer, calls, real = model.base_model.model[0], [], getattr(module, node)
     monkeypatch.setattr(module, node, lambda *a: (calls.append(1), real(*a))[1])
+    monkeypatch.setattr(c3a, "LONG_RUNS", 6)
     x = torch.randn(3, 6)
     wanted = nn.functional.linear(x, *layer.effective())
     if how == "plain":

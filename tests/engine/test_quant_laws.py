@@ -9,9 +9,9 @@ import pytest
 import torch
 from law_cases import CASES, Case
 from lawlib import config, randomize, rows
-from quant_zoo import KINDS, Net, needs, same, stored
+from quant_zoo import KINDS, NO_MERGE, Net, needs, same, stored
 
-from veneer import AdapterError, PeftWarning, registry
+from veneer import AdapterError, CannotMerge, PeftWarning, registry
 from veneer.tuner import Tuner
 
 METHODS = [c for c in CASES if c.site_name == "Linear" and not c.variant]
@@ -85,6 +85,11 @@ def test_a_method_runs_on_a_quantised_layer_or_refuses(kind: str, case: Case) ->
     assert seen.grad is not None
     assert seen.grad.isfinite().all()
     if not method.mergeable:
+        return
+    if kind in NO_MERGE:
+        with pytest.raises(CannotMerge, match="cannot be packed anew"):
+            merge(t)
+        torch.testing.assert_close(t(x), out)
         return
     before = {n: stored(getattr(plain, n)) for n in ("first", "second")}
     merge(t)

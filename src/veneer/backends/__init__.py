@@ -17,7 +17,10 @@ from ..site import Site
 Maker = Callable[[nn.Module, str], "Site | None"]
 MAKERS: list[Maker] = []
 #: library -> the file here with its `site_of(module, name)`; without the library no layer can be its own
-LIBRARIES = {"bitsandbytes": "bnb", "torchao": "ao", "hqq": "hqq_layers"}
+LIBRARIES = {
+    "bitsandbytes": "bnb", "torchao": "ao", "hqq": "hqq_layers", "gptqmodel": "gptq", "aqlm": "aqlm_layers",
+    "optimum.quanto": "quanto",
+}  # fmt: skip
 
 
 def register(maker: Maker) -> Maker:

@@ -30,6 +30,18 @@ QUANTISED = {
     "hqq": "hqq",
 }
 
+#: quant_method of a base's config -> (the library that reads its files, what to install)
+READERS = {
+    "bitsandbytes": ("bitsandbytes", "'veneer[quant]'"),
+    "torchao": ("torchao", "'veneer[quant]'"),
+    "hqq": ("hqq", "'veneer[quant]'"),
+    "quanto": ("optimum.quanto", "'veneer[quant]'"),
+    "aqlm": ("aqlm", "'veneer[quant]'"),
+    "gptq": ("gptqmodel", "gptqmodel"),
+    "awq": ("gptqmodel", "gptqmodel"),
+    "compressed-tensors": ("compressed_tensors", "compressed-tensors"),
+}
+
 
 def load_options(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of `from_pretrained` for a base quantised in this way, to compute in `dtype`; none for hqq, which
@@ -50,15 +62,16 @@ def load_options(name: str, dtype: torch.dtype) -> dict[str, Any]:
 def require_library(settings: Any) -> str | None:
     """The way in which a base's files are quantised, by its config; None where they are not.
 
-    Raises MissingExtra where the library that reads them is one of ours and not installed.
+    Raises MissingExtra where the library that reads them is known and not installed.
     """
     given: Any = getattr(settings, "quantization_config", None)
     if given is None:
         return None
     values = given if isinstance(given, dict) else given.to_dict()
     method = str(getattr(values.get("quant_method"), "value", values.get("quant_method")))
-    if method in QUANTISED.values() and not has(method):
-        raise MissingExtra(f"the base's files are quantised and need {method}: pip install 'veneer[quant]'")
+    library, install = READERS.get(method, (None, ""))
+    if library is not None and not has(library):
+        raise MissingExtra(f"the base's files are quantised ({method}) and need {library}: pip install {install}")
     return method
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..errors import AdapterError
+from ..errors import AdapterError, CannotMerge, PeftWarning
 from ..site import LinearSite
 
-__all__ = ["MergeError", "QuantisedSite", "summary"]
+__all__ = ["AskedSite", "MergeError", "QuantisedSite", "summary"]
 
 
 @dataclass(frozen=True)
@@ -116,3 +117,49 @@ class QuantisedSite(LinearSite):
 
     def stand_in(self, W: Tensor, b: Tensor | None) -> Any:
         raise AdapterError(f"{self!r}: a {self.library} weight has no float tensor that could stand in for it")
+
+
+class AskedSite(QuantisedSite):
+    """A packed layer whose weight is read from what it answers to unit vectors, so that any of its library's kernels
+    will do. Quantising a merged weight anew needs data that is not here, so nothing merges into it."""
+
+    def check(self, dropout: float) -> None:
+        x = torch.zeros(1, self.inp, dtype=self.dtype, device=self.device, requires_grad=True)
+        with torch.enable_grad():
+            learns = self.module(x).requires_grad
+        if not learns:
+            warnings.warn(
+                f"{self!r}: this {self.library} kernel gives its input no gradient: layers before this one do not "
+                "learn through it. Load the model with a kernel that can train",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+    def bias(self) -> Tensor | None:
+        module: Any = self.module
+        return module.bias
+
+    def put_bias(self, b: Any) -> None:
+        module: Any = self.module
+        module.bias = b
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        b = self.bias()
+        self.put_bias(None)  # adding and taking it away again would round
+        try:
+            return self.module(torch.eye(self.inp, dtype=self.dtype, device=self.device)).mT
+        finally:
+            self.put_bias(b)
+
+    def requantise(self, W: Tensor) -> None:
+        raise CannotMerge(
+            f"{self!r}: {self.library} quantises with training data, so a merged weight cannot be packed anew here; "
+            "keep the adapter unmerged, or merge it into the original model (`veneer merge --base ORIGINAL`)"
+        )
+
+    def packed(self) -> Any:
+        return None
+
+    def restore(self, packed: Any) -> None:
+        pass

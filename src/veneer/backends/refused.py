@@ -14,6 +14,11 @@ __all__ = ["why_not"]
 ORIGINAL = "load the original model, and quantise it in a way that is known here (nf4, int8, hqq: docs/quantised.md)"
 FLOATS = "load it as floats: quantization_config={}"
 
+COMPRESSED = (
+    "compressed-tensors has not decompressed its weight yet; load the model with "
+    "quantization_config=CompressedTensorsConfig(dequantize=True), or call it once before the adapter is added"
+)
+
 #: the module of a class begins with -> (what it is, what to do)
 KINDS = {
     "gptqmodel.": ("GPTQ or AWQ (gptqmodel)", ORIGINAL),
@@ -47,10 +52,16 @@ def _kind(where: str) -> tuple[str, str] | None:
     return next((found for prefix, found in KINDS.items() if f"{where}.".startswith(prefix)), None)
 
 
+def _is_compressed(module: nn.Module) -> bool:
+    """compressed-tensors marks ordinary layers, whose weight it puts back at the model's first call."""
+    status = module.__dict__.get("quantization_status")
+    return status is not None and status.value == "compressed"
+
+
 def why_not(module: nn.Module) -> str | None:
     """Why a packed layer cannot take an adapter, and what to do; None for every other module."""
     if type(module).__module__.startswith("torch.nn."):
-        return None
+        return COMPRESSED if _is_compressed(module) else None
     found = _kind(type(module).__module__) if not list(module.children()) else None
     if found is None:
         return None
