@@ -235,11 +235,13 @@ def line(method: str, r: dict[str, Any]) -> str:
     )
 
 
-def capabilities(method: str) -> dict[str, bool]:
+def capabilities(method: str, held: dict[str, Any]) -> dict[str, bool | None]:
+    """held: the method's earlier row, whose word on quantised bases stays where bitsandbytes is not installed."""
     from veneer.docs.facts import facts
 
-    f = facts(method)
-    return {"mergeable": bool(f.merges), "mixed_batches": f.mixed, "quantised": quantised(method)}
+    f, found = facts(method), quantised(method)
+    trains = held.get("quantised") if found is None else found
+    return {"mergeable": bool(f.merges), "mixed_batches": f.mixed, "quantised": trains}
 
 
 def quantised(method: str) -> bool | None:
@@ -302,13 +304,14 @@ def main() -> None:
     case = {k: getattr(args, k) for k in CASE} | {"shape": SHAPE}
     held = kept(args.json, case)
     names = [n for n in names if not (args.missing and n in held)]
-    result = {"case": case, "machine": machine(), "commit": commit(), "methods": held}
+    result = {"case": case, "machine": machine(), "methods": held}
     frozen = Contestant("frozen", args)
     print("time, memory: veneer's over peft's; /frozen: step time over the frozen base's\n" + HEAD, flush=True)
     failed = []
     for name in names:
         try:
-            result["methods"][name] = race(name, frozen, args) | capabilities(name)
+            found = race(name, frozen, args) | {"commit": commit()}
+            result["methods"][name] = found | capabilities(name, held.get(name, {}))
         except RuntimeError as e:
             failed.append(f"{name}: {e}")
             continue

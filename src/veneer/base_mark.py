@@ -48,8 +48,12 @@ def mark_of(model: nn.Module) -> dict[str, Any] | None:
 
 
 def _weights(model: nn.Module, frozen: bool = False) -> Iterator[tuple[str, Tensor]]:
-    """The base's own matrices, under the names that they have without adapters. frozen: those that do not train."""
+    """The base's own matrices, under the names that they have without adapters. frozen: those that do not train.
+
+    What the base's files lacked (a pooler, a head) is drawn anew each time it is loaded, and left out.
+    """
     changed = set()
+    read = any(_from_file(p) for p in model.parameters())
     for path, module in model.named_modules():
         if isinstance(module, Adapted):
             rewrites = any(e.method.changes_base(e.cfg) for e in module.entries.values())
@@ -60,7 +64,7 @@ def _weights(model: nn.Module, frozen: bool = False) -> Iterator[tuple[str, Tens
     for path, p in model.named_parameters():
         parts = path.split(".")
         plain = type(p) is nn.Parameter and p.dtype.is_floating_point and not p.is_meta
-        if not plain or p.dim() < 2 or (frozen and p.requires_grad):
+        if not plain or p.dim() < 2 or (frozen and p.requires_grad) or (read and not _from_file(p)):
             continue
         parents = {".".join(parts[:i]) for i in range(len(parts))}
         if parents & changed:
@@ -69,6 +73,11 @@ def _weights(model: nn.Module, frozen: bool = False) -> Iterator[tuple[str, Tens
         if inside and parts[inside[0]] != "base_layer":
             continue  # the adapter's own
         yield ".".join(part for part in parts if part != "base_layer"), p
+
+
+def _from_file(p: nn.Parameter) -> bool:
+    """Whether transformers says that it filled this parameter from a file; it says nothing of other models."""
+    return bool(p.__dict__.get("_is_hf_initialized"))
 
 
 def _at(model: nn.Module, parts: list[str]) -> nn.Module | None:
@@ -103,7 +112,7 @@ def read_mark(path: str | os.PathLike) -> dict[str, Any] | None:
 
 def compare(mark: dict[str, Any], model: nn.Module) -> list[str]:
     """How a base differs from a mark: one line a weight, empty where it does not. Weights that cannot be read here
-    (packed, on the meta device, changed by adapters) are left out."""
+    (packed, on the meta device, changed by adapters) and those that this base's files lacked are left out."""
     here = dict(_weights(model))
     wrapped = {n for n, m in model.named_modules() if isinstance(m, Adapted | Wrapper)}
     names = {n for n, _ in model.named_parameters()}

@@ -23,7 +23,7 @@ from torch.autograd import Function
 from .int8 import Int8Weight
 from .remade import keep_sources
 
-__all__ = ["low_rank_linear", "low_rank_reference", "mask_like", "plain_autograd"]
+__all__ = ["low_rank_linear", "low_rank_onto", "low_rank_reference", "mask_like", "plain_autograd"]
 
 
 def plain_autograd(x: Tensor) -> bool:
@@ -72,11 +72,47 @@ def low_rank_linear(
     if torch.is_grad_enabled():
         if A.requires_grad or W.requires_grad:
             y: Tensor = _LowRankLinear.apply(x, W, b, A, B, scaling, keep, rate, int8)  # type: ignore[assignment]
-            return keep_sources(y, x)
+            return keep_sources(y, x) if A.is_leaf and B.is_leaf else keep_sources(y, x, W, A, B)
         if x.requires_grad or B.requires_grad or (b is not None and b.requires_grad):
-            return low_rank_reference(x, W, b, A, B, scaling, keep, rate)  # a frozen A needs no x kept (LoRA-FA)
+            h = F.linear(x, A) if keep is None else F.linear(x * keep, A) / (1 - rate)
+            return low_rank_onto(x, W, b, h, B, scaling)  # a frozen A needs no x kept (LoRA-FA)
     with torch.no_grad():
         return _forward(x, W, b, A, B, scaling, keep, rate, int8)[0]
+
+
+def low_rank_onto(x: Tensor, W: Tensor, b: Tensor | None, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+    """F.linear(x, W, b) + scaling * F.linear(h, B) for h (..., r); one autograd node, which keeps no x, where W is
+    frozen. All tensors have one dtype."""
+    if W.requires_grad or not plain_autograd(x):
+        return F.linear(x, W, b) + F.linear(h, B) * scaling
+    return _Onto.apply(x, W, b, h, B, scaling)  # type: ignore[no-any-return]
+
+
+class _Onto(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, h: Tensor, B: Tensor, scaling: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y = x.new_empty(*x.shape[:-1], W.shape[0])
+        rows = y.view(-1, W.shape[0])
+        if b is None:
+            torch.mm(flat, W.mT, out=rows)
+        else:
+            torch.addmm(b, flat, W.mT, out=rows)
+        rows.addmm_(h.reshape(len(flat), -1), B.mT, alpha=scaling)
+        ctx.save_for_backward(W, h if ctx.needs_input_grad[4] else None, B)
+        ctx.scaling = scaling
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        W, h, B = ctx.saved_tensors
+        need_x, _, need_b, need_h, need_B = ctx.needs_input_grad[:5]
+        gy = g.reshape(-1, g.shape[-1])
+        gx = g @ W if need_x else None
+        gb = gy.sum(0) if need_b else None
+        gh = (g @ B) * ctx.scaling if need_h else None
+        gB = (h.reshape(len(gy), -1).mT @ gy).mT * ctx.scaling if need_B else None
+        return gx, None, gb, gh, gB, None
 
 
 def _forward(

@@ -35,6 +35,11 @@ class Matrices:
     B: Tensor | None
     layer: Adapted = field(repr=False)
 
+    def __repr__(self) -> str:
+        of = lambda t: None if t is None else tuple(t.shape)
+        where = f"{self.name!r}, adapter={self.adapter!r}, shape={self.shape}, scaling={self.scaling:g}"
+        return f"Matrices({where}, A={of(self.A)}, B={of(self.B)})"
+
     def delta(self) -> Tensor:
         """The change of the layer's weight, formed now: `shape`, detached, float32 at least.
 

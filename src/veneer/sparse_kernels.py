@@ -10,7 +10,12 @@ from torch import Tensor
 
 from .kernels import plain_autograd
 
-__all__ = ["Pattern", "pattern_of", "sparse_fits"]
+__all__ = ["Pattern", "pattern_of", "sparse_fits", "version_of"]
+
+
+def version_of(t: Tensor) -> int:
+    """How often a tensor was written to; tensors of inference mode do not count."""
+    return 0 if t.is_inference() else t._version
 
 
 class Pattern:
@@ -18,14 +23,15 @@ class Pattern:
     sparse products want, which are found once."""
 
     def __init__(self, at: Tensor, out: int, inp: int):
-        self.at, self.version, self.shape = at, at._version, (out, inp)
-        i, j = at.long() if at.dim() == 2 else (at.long() // inp, at.long() % inp)
-        self.i, self.j = i, j
-        self.rows, self.columns = self._order(i, j, out, inp), self._order(j, i, inp, out)
+        self.at, self.version, self.shape = at, version_of(at), (out, inp)
+        with torch.inference_mode(False):  # a first call for inference makes what training goes on with
+            i, j = at.long() if at.dim() == 2 else (at.long() // inp, at.long() % inp)
+            self.i, self.j = i, j
+            self.rows, self.columns = self._order(i, j, out, inp), self._order(j, i, inp, out)
 
     def holds(self, at: Tensor) -> bool:
         """Whether this is still the pattern of `at`."""
-        return at is self.at and at._version == self.version
+        return at is self.at and version_of(at) == self.version
 
     @staticmethod
     def _order(major: Tensor, minor: Tensor, many: int, width: int) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:

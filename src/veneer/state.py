@@ -281,12 +281,14 @@ def read(
 
 def only(tensors: dict[str, Tensor], model: Any, adapter: str) -> dict[str, Tensor]:
     """From a full state dict (gathered from shards, say) the tensors of one adapter, under their file keys."""
-    from . import hub
+    from . import hub, prompts
 
     if model.prompt_configs is None:
         return collect(model.base_model, adapter, given=tensors)
     wanted = hub.tensors_of(model, adapter)
     cleaned = {k if k in wanted else _clean(k, adapter): t for k, t in tensors.items()}
+    if any(k.startswith(f"prompt_encoder.{adapter}.") for k in tensors):  # a file has the finished prompt in its place
+        cleaned.update(prompts.saved_tensors(model, adapter, tensors))
     missing = [k for k in wanted if k not in cleaned]
     if missing:
         raise AdapterError(f"the state dict given to save has no {missing[0]} ({len(missing)} tensors are missing)")

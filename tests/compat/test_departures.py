@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import veneer
 from veneer.compat import names
 from veneer.layer import Adapted
+from veneer.methods.dora import DoraCaching
 from veneer.tuner import Tuner
 
 
@@ -70,11 +71,8 @@ def test_the_insides_of_variants_have_no_counterpart(module: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "_get_kasa_loss",
         "_init_vblora_vector_bank",
         "_init_tinylora_v",
-        "get_nb_savable_parameters",
-        "_get_monteclora_loss",
     ],
 )
 def test_nor_have_the_insides_of_models(name: str) -> None:
@@ -180,3 +178,34 @@ def test_ia3_on_all_linear_layers_loads_again(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="should be a subset of `target_modules`; not among the targets: proj"):
         veneer.IA3Config(target_modules=["down_proj", "q"], feedforward_modules=["proj"])
+
+
+@pytest.mark.parametrize(("rows", "shared"), [([2, 3], False), ([1, 2], True)], ids=["apart", "one-row"])
+def test_adapters_that_train_rows_act_together_unless_they_share_one(rows: list[int], shared: bool) -> None:
+    """peft takes one adapter of LoRA with trained rows at a time."""
+    model = net(lora(trainable_token_indices={"table": [0, 1]}))
+    model.add_adapter("second", lora(trainable_token_indices={"table": rows}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "trainable_tokens" in name:
+                p.fill_(1.0 if "second" in name else 2.0)
+    model.base_model.set_adapter(["default", "second"])
+    if shared:
+        with pytest.raises(ValueError, match=r"row 1 of table .* is also trained by adapter default"):
+            model(IDS)
+        return
+    found = model.get_base_model().table(torch.tensor([0, 1, 2, 3]))
+    assert found.mean(1).tolist() == pytest.approx([2.0, 2.0, 1.0, 1.0])
+
+
+def test_dora_caching_puts_nothing_on_the_layers() -> None:
+    """peft keeps the cache in each layer; here it is the context manager's, and ends with it."""
+    model = net(lora(use_dora=True)).eval()
+    layer = model.get_base_model().lin
+    before = set(vars(layer))
+    with DoraCaching():
+        y = model(IDS)
+        assert layer in DoraCaching.kept
+        assert set(vars(layer)) == before
+        torch.testing.assert_close(model(IDS), y)
+    assert layer not in DoraCaching.kept

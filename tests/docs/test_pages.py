@@ -94,12 +94,11 @@ def test_field_descriptions_come_from_the_class() -> None:
 
 def measured() -> dict[str, Any]:
     row = {"trained": 1234, "file_bytes": 2048, "time_to_frozen": 1.257, "time_ratio": 0.5, "loss_difference": 2e-7,
-           "peak_mb": {"veneer": 321.4}, "rounds": 5, "quantised": True}  # fmt: skip
+           "peak_mb": {"veneer": 321.4}, "rounds": 5, "quantised": True, "commit": "abc1234"}  # fmt: skip
     shape = {"num_hidden_layers": 8, "hidden_size": 576}
     case = {"batch": 4, "seq": 64, "threads": 1, "steps": 1, "shape": shape}
     return {
         "case": case,
-        "commit": "abc1234",
         "machine": {"device": "a CPU", "threads": 2, "torch": "2"},
         "methods": {"IA3": row},
     }
@@ -111,7 +110,7 @@ def test_the_overview_shows_what_was_measured() -> None:
     assert "| [IA3](ia3.md) | a trained factor for each feature | 1,234 | 2.0 KB | 1.26 | 0.50 | 321 MB | yes |" in text
     assert "5 rounds in which both took turns. Both are ratios of the processor's time." in text
     assert "| yes | yes | yes |" in text
-    assert "commit abc1234" in text
+    assert "at commits abc1234" in text
     assert "2e-07" in text
     assert "1,234" not in overview(some, None)
     assert "step time" not in overview(some, None).partition("## Fields")[0].partition("## Table")[2]

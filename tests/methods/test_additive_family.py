@@ -304,6 +304,23 @@ def test_shira_mask_is_pefts(seed: int) -> None:
     assert torch.equal(a, b)
 
 
+def test_a_mask_function_of_two_parameters_gets_no_seed() -> None:
+    """As peft's own example of a mask is written."""
+
+    def rows(base_layer: nn.Module, r: int) -> Tensor:
+        mask = torch.zeros_like(base_layer.weight)  # type: ignore[arg-type]
+        mask.view(-1)[: r * 40] = 1
+        return mask
+
+    found = []
+    for package, wrap in ((veneer, ours), (peft, theirs)):
+        cfg = package.ShiraConfig(r=2, mask_type="rows")
+        cfg.mask_fn = rows
+        made = wrap(nn.Linear(24, 16), cfg)
+        found.append((made[1] if package is veneer else made).shira_indices["default"])
+    assert torch.equal(*found)
+
+
 def test_shira_takes_a_mask_function() -> None:
     def corner(base_layer: nn.Module, r: int, **kwargs: Any) -> Tensor:
         mask = torch.zeros_like(base_layer.weight)  # type: ignore[arg-type]

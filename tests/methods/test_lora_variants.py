@@ -114,6 +114,26 @@ def test_alora_is_pefts(invoked: tuple[Any, Any]) -> None:
     assert generate(ours) == generate(theirs)
 
 
+def test_alora_trains_on_the_tokens_gathered_as_on_all(
+    invoked: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, ours = invoked
+    for name, p in ours.named_parameters():
+        p.requires_grad_("lora_" in name and ".default." in name)
+
+    def gradients(ids: Tensor) -> list[Tensor]:
+        ours.zero_grad(set_to_none=True)
+        ours(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad for p in ours.parameters() if p.requires_grad]
+
+    gathered, never = gradients(IDS), gradients(torch.full_like(IDS, 3))
+    monkeypatch.setattr(alora, "plain_autograd", lambda x: False)
+    for mine, wanted in zip(gathered, gradients(IDS), strict=True):
+        assert torch.allclose(mine, wanted, atol=1e-6)
+        assert mine.abs().sum() > 0
+    assert all(g is not None and not g.any() for g in never)  # none is missing where no row invokes the adapter
+
+
 @torch.no_grad()
 def test_alora_in_mixed_batches(invoked: tuple[Any, Any]) -> None:
     theirs, ours = invoked
@@ -273,6 +293,9 @@ def test_kasa_cuts_the_base_and_penalises_as_peft(tmp_path: Path) -> None:
     assert torch.allclose(W, parts(theirs).base_layer.weight, atol=1e-6)
     assert torch.allclose(ours.train().base_model.extra_loss(), theirs.base_model._get_kasa_loss(), rtol=1e-5)
     assert ours.eval().base_model.extra_loss() == 0.0
+    assert torch.equal(ours._get_kasa_loss(), ours.train().base_model.extra_loss())  # what trainers of one's own add
+    assert torch.equal(ours._get_kasa_loss("default"), ours._get_kasa_loss())
+    assert ours._get_kasa_loss([]) == ours._get_monteclora_loss() == 0.0
     before = W.clone()
     ours.add_adapter("second", veneer.LoraConfig(r=4, target_modules=["first"], kasa_config={}))
     assert torch.equal(W, before)

@@ -98,6 +98,8 @@ def test_poly_both_ways_and_in_training(tmp_path: Path) -> None:
     y = theirs(input_ids=X, task_ids=IDS).logits
     assert apart(ours(input_ids=X, task_ids=IDS).logits, y) < 1e-5
     assert apart(ours(input_ids=X, task_ids=IDS.flip(0)).logits, y) > 3e-4
+    assert torch.equal(ours(input_ids=X, task_ids=IDS[:, None]).logits, ours(input_ids=X, task_ids=IDS).logits)
+    assert apart(theirs(input_ids=X, task_ids=IDS[:, None]).logits, y) < 1e-5
     assert same_course(losses(ours, {"task_ids": IDS}), losses(theirs, {"task_ids": IDS}))
     ours.save_pretrained(tmp_path / "b")
     back = peft.PeftModel.from_pretrained(llama(), tmp_path / "b").eval()

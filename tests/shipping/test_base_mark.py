@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from ship_zoo import save_adapter, save_llama
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 from typer.testing import CliRunner
 
 from veneer import LoraConfig, PeftModel, PeftWarning, PromptTuningConfig, get_peft_model
@@ -104,6 +104,25 @@ def test_more_tokens_and_other_adapters_are_no_other_base(llama: Path, make_adap
     with warnings.catch_warnings():
         warnings.simplefilter("error", PeftWarning)
         both.load_adapter(str(folder), "other")
+
+
+def test_what_the_files_lack_is_no_part_of_the_mark(tmp_path: Path) -> None:
+    """A pooler that is drawn anew each time, in marks of today and in those that hold it."""
+    config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    base = AutoModel.from_pretrained(tmp_path / "bert")
+    adapted = get_peft_model(base, LoraConfig(target_modules=["query"], r=2))
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    mark = read_mark(tmp_path / "adapter" / FILE)
+    assert mark is not None
+    assert not [path for path in mark["weights"] if "pooler" in path]
+    other = AutoModel.from_pretrained(tmp_path / "bert")
+    assert not torch.equal(other.pooler.dense.weight, base.pooler.dense.weight)
+    old = {**mark, "weights": {**mark["weights"], "pooler.dense.weight": {"shape": [16, 16], "values": [9.0] * 8}}}
+    assert compare(old, other) == []
+    assert loading(other, tmp_path / "adapter") == []
+    other.encoder.layer[0].output.dense.weight.data.mul_(2)
+    assert compare(mark, other) == ["encoder.layer.0.output.dense.weight has other values"]
 
 
 def test_peft_reads_the_file_and_files_without_a_mark_load(llama: Path, tmp_path: Path, make_adapter: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_train import chat, plan_of, write_jsonl
+from tiny_train import chat, plan_of, recipe_for, write_jsonl
 from transformers import AutoTokenizer
 
 from veneer.train import Recipe, RecipeError, load_recipe, run
@@ -261,11 +261,13 @@ def test_what_is_wrong_in_a_mixture_is_told_by_file_and_line(
 def test_kinds_that_do_not_mix(causal: Callable[..., Recipe], kinds: list[dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"rows have messages or prompt\+completion or text"):
         plan_of(causal(data={"train": kinds}, options={"packing": "chunk"}))
-    asked = write_jsonl(tmp_path / "a.jsonl", [{"q": "a", "chosen": "b", "rejected": "c"}])
-    unasked = write_jsonl(tmp_path / "b.jsonl", [{"chosen": "b", "rejected": "c"}])
-    both = [{"path": str(asked), "columns": {"prompt": "q"}}, {"path": str(unasked)}]
-    with pytest.raises(RecipeError, match=r"b\.jsonl has chosen\+rejected where .*a\.jsonl has prompt\+chosen"):
-        causal(task="dpo", data={"train": both})
+    scored = write_jsonl(tmp_path / "a.jsonl", [{"anchor": "a", "positive": "b", "close": 0.5}])
+    plain = write_jsonl(tmp_path / "b.jsonl", [{"anchor": "a", "positive": "b"}])
+    both = [{"path": str(scored), "columns": {"score": "close"}}, {"path": str(plain)}]
+    with pytest.raises(
+        RecipeError, match=r"b\.jsonl has anchor\+positive where .*a\.jsonl has anchor\+positive\+score"
+    ):
+        causal(task="embedding", data={"train": both})
 
 
 def test_a_mixed_run_says_what_came_from_where(causal: Callable[..., Recipe], sources: tuple[Path, Path]) -> None:
@@ -281,3 +283,47 @@ def test_a_mixed_run_says_what_came_from_where(causal: Callable[..., Recipe], so
 
 def build_dump(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(mode="json") | {"out": recipe.out + "2"}
+
+
+def test_pairs_with_and_without_a_prompt_in_one_run(llama: Path, bert: Path, tmp_path: Path) -> None:
+    """Each source keeps its own columns: no prompt is lost because another source has none."""
+    turn = lambda role, text: {"role": role, "content": text}
+    asked = {
+        "prompt": [turn("user", "one")],
+        "chosen": [turn("assistant", "red")],
+        "rejected": [turn("assistant", "blue")],
+    }
+    whole = {side: [*asked["prompt"], *asked[side]] for side in ("chosen", "rejected")}
+    first, second = write_jsonl(tmp_path / "a.jsonl", [asked]), write_jsonl(tmp_path / "b.jsonl", [whole])
+    mixed: dict[str, Any] = {"data": {"train": [{"path": str(first)}, {"path": str(second)}]}}
+    rows = plan_of(recipe_for("dpo", first, llama, **mixed)).train.to_list()
+    assert rows[0] == rows[1]
+    texts = write_jsonl(tmp_path / "c.jsonl", [{"prompt": "anna", "chosen": "bob", "rejected": "rome"}])
+    alone = write_jsonl(tmp_path / "d.jsonl", [{"chosen": "bob", "rejected": "rome"}])
+    mixed = {"data": {"train": [{"path": str(texts)}, {"path": str(alone)}]}}
+    rows = plan_of(recipe_for("reward", texts, bert, **mixed)).train.to_list()
+    assert rows[0] == plan_of(recipe_for("reward", texts, bert)).train[0]
+    assert rows[1] == plan_of(recipe_for("reward", alone, bert)).train[0]
+    mixed = {"data": {"train": [{"path": str(first)}, {"path": str(texts)}]}}
+    with pytest.raises(DataError, match=r"'prompt' is text, and a list at a\.jsonl:1") as caught:
+        plan_of(recipe_for("dpo", first, llama, **mixed))
+    assert (caught.value.file, caught.value.line) == (str(texts), 1)
+
+
+def test_columns_that_not_all_sources_have_are_told(bert: Path, tmp_path: Path) -> None:
+    pair = {"anchor": "anna", "positive": "bob"}
+    first = write_jsonl(tmp_path / "a.jsonl", [{**pair, "negative": "rome"}])
+    second = write_jsonl(tmp_path / "b.jsonl", [{**pair, "anchor": "the"}])
+    recipe = recipe_for("embedding", first, bert, data={"train": [{"path": str(first)}, {"path": str(second)}]})
+    table, _ = load_tables(recipe.data, recipe.task, recipe.seed)
+    assert "a.jsonl: 'negative' left out, for not all sources have it." in table.notes
+
+
+def test_sources_name_their_own_columns(t5: Path, tmp_path: Path) -> None:
+    first = write_jsonl(tmp_path / "a.jsonl", [{"article": "one two", "summary": "red"}])
+    second = write_jsonl(tmp_path / "b.jsonl", [{"instruction": "one two", "response": "red"}])
+    named = {"path": str(second), "columns": {"source": "instruction", "target": "response"}}
+    rows = plan_of(recipe_for("seq2seq", first, t5, data={"train": [{"path": str(first)}, named]})).train.to_list()
+    assert rows[0] == rows[1]
+    with pytest.raises(DataError, match=r"for example `data: \{columns: \{source: instruction, target: response\}\}`"):
+        recipe_for("seq2seq", first, t5, data={"train": [{"path": str(first)}, {"path": str(second)}]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 
 from veneer.train import DataError, RecipeError, run
 from veneer.train.label_scores import class_scores, number_scores, set_scores
+from veneer.train.tasks import get_task
 
 PLACES = ["anna in paris", "bob in rome", "the par", "anna in rome .", "bob in paris .", "rome the bob"]
 FAST = {"learning_rate": 0.02, "num_train_epochs": 20, "per_device_train_batch_size": 4, "use_cpu": True}
@@ -99,7 +101,7 @@ def test_labels_in_one_text(bert: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "line", "words"),
     [
-        ([{"text": "bob", "label": "a"}, {"text": "bob", "label": ["a"]}], {}, None, "types"),
+        ([{"text": "bob", "label": "a"}, {"text": "bob", "label": ["a"]}], {}, 2, "same kind of value in a column"),
         ([{"text": "bob", "label": "a"}, {"text": " ", "label": "b"}], {}, 2, "'text' is empty"),
         ([{"text": "bob", "label": "a"}, {"text": "bob", "label": ""}], {}, 2, "'label' is ''"),
         ([{"text": "bob", "label": "a"}, {"text": "bob", "label": None}], {}, 2, "'label' is null"),
@@ -130,7 +132,7 @@ def test_a_label_only_in_the_test_rows(bert: Path, tmp_path: Path) -> None:
         ({"threshold": 1.5}, "options.threshold", "between 0 and 1"),
         ({"problem_type": "regresion"}, "options.problem_type", "wrong type|not one of"),
         ({"separator": ",", "problem_type": "regression"}, "options", "parts several labels"),
-        ({"class_weights": "balanced", "problem_type": "regression"}, "options.class_weights", "one label a row"),
+        ({"class_weights": "balanced", "problem_type": "regression"}, "options.class_weights", "are for labels"),
     ],
 )
 def test_bad_options(options: Any, key: str, words: str, bert: Path, tmp_path: Path) -> None:
@@ -163,11 +165,27 @@ def test_class_weights(bert: Path, tmp_path: Path) -> None:
         plan_of(recipe_of(path, bert, options={"class_weights": {"pra": 4.0}}))
 
 
+def test_class_weights_of_several_labels_are_torchs_pos_weight(bert: Path, tmp_path: Path) -> None:
+    labels = [["a"], ["a", "b"], ["a"], [], ["c"], ["a", "c"]]
+    rows = [{"text": text, "label": label} for text, label in zip(PLACES, labels, strict=True)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    recipe = recipe_of(path, bert, options={"class_weights": "balanced"})
+    plan, task = plan_of(recipe), get_task("seq-cls")
+    weights = torch.tensor([2 / 4, 5 / 1, 4 / 2])
+    assert plan.label_names == ["a", "b", "c"]
+    logits, wanted = torch.randn(6, 3), torch.tensor(plan.train["labels"][:])
+    batch = {"labels": wanted, "weight": torch.tensor(plan.train["weight"][:])}
+    model: Any = lambda **_: SimpleNamespace(logits=logits)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
+    torch.testing.assert_close(task.loss(model, batch, None), expected)
+    numbers = write_jsonl(tmp_path / "n.jsonl", rows_of(lambda text: 0.5))
+    with pytest.raises(RecipeError, match="labels are numbers to learn"):
+        plan_of(recipe_of(numbers, bert, options={"class_weights": "balanced"}))
+
+
 def test_the_loss_is_the_models_own(bert: Path, tmp_path: Path) -> None:
     """Each kind's loss equals that of transformers, whole and as two halves of a step."""
     from transformers import AutoModelForSequenceClassification
-
-    from veneer.train.tasks import get_task
 
     for kind, (label, problem_type, names) in KINDS.items():
         plan = plan_of(recipe_of(write_jsonl(tmp_path / f"{kind}.jsonl", rows_of(label)), bert))

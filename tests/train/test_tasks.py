@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_train import bpe_tokenizer, chat, write_jsonl
 from transformers import AutoConfig, AutoTokenizer
 
+from veneer.train.collate import Collator
 from veneer.train.data import load_tables
 from veneer.train.encode import IGNORE
 from veneer.train.errors import DataError, RecipeError
 from veneer.train.recipe import Recipe, load_recipe
-from veneer.train.tasks import TASKS, Plan, get_task
+from veneer.train.tasks import TASKS, Plan, get_task, task_of
 from veneer.train.tasks.token_cls import align
 
 
@@ -132,6 +135,36 @@ def test_word_plan(conll: Path, bert: Path) -> None:
     assert plan.examples[0] == ("anna in paris .", "per: anna; loc: paris")
     everywhere = make_plan(word_recipe(conll, bert, data__label_all_subwords=True))
     assert everywhere.train[0]["labels"] == [IGNORE, 2, 2, 0, 1, 1, 0, IGNORE]
+
+
+def test_class_weights_of_words(conll: Path, bert: Path) -> None:
+    """The loss is torch's weighted sum over the labelled sub-words, by their number."""
+    recipe = word_recipe(conll, bert, data__test=str(conll), options={"class_weights": {"B-per": 3.0, "O": 0.5}})
+    task = task_of(recipe)
+    plan = task.plan_train(recipe, *_words(recipe, bert))
+    assert plan.label_names == ["O", "B-loc", "B-per"]
+    batch = Collator(0)([plan.train[0], plan.train[1]])
+    assert batch["weights"].shape == batch["labels"].shape
+    logits = torch.randn(*batch["labels"].shape, 3)
+    model = lambda **inputs: (
+        SimpleNamespace(logits=logits) if inputs.keys() <= {"input_ids", "attention_mask"} else None
+    )
+    flat, labels = logits.flatten(0, 1), batch["labels"].flatten()
+    given = torch.tensor([0.5, 1.0, 3.0])
+    summed = torch.nn.functional.cross_entropy(flat, labels, weight=given, reduction="sum")
+    torch.testing.assert_close(task.loss(model, dict(batch), None), summed / (labels != IGNORE).sum())  # type: ignore[arg-type]
+    torch.testing.assert_close(task.loss(model, dict(batch), torch.tensor(7)), summed / 7)  # type: ignore[arg-type]
+    balanced = word_recipe(conll, bert, options={"class_weights": "balanced"})
+    found = task_of(balanced).plan_train(balanced, *_words(balanced, bert)).train["weights"][:]
+    assert sum(sum(row) for row in found) == pytest.approx(sum(1 for row in found for value in row if value))
+    wrong = word_recipe(conll, bert, options={"class_weights": {"B-prs": 2.0}})
+    with pytest.raises(RecipeError, match=r"no row has the label 'B-prs'.*Did you mean `B-per`"):
+        task_of(wrong).plan_train(wrong, *_words(wrong, bert))
+
+
+def _words(recipe: Recipe, bert: Path) -> tuple[Any, Any, Any]:
+    train, _ = load_tables(recipe.data, recipe.task, recipe.seed)
+    return train, AutoTokenizer.from_pretrained(bert), AutoConfig.from_pretrained(bert)
 
 
 def test_unknown_label_in_test_rows(conll: Path, bert: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
@@ -10,6 +12,10 @@ from typing import Annotated
 import typer
 
 __all__ = ["DebugFlag", "UserError", "friendly_errors"]
+
+
+OTHERS = 20.0
+"""Seconds after which a process says itself what went wrong, for it did so nowhere else."""
 
 
 class UserError(Exception):
@@ -54,7 +60,12 @@ def _lines(error: Exception) -> tuple[str, str, str, str]:
 
 
 def show_error(error: Exception) -> None:
-    """Print the panel on stderr."""
+    """Print the panel on stderr; once where a launcher has started several processes that all meet the same.
+
+    The others wait: the launcher ends them when the first has printed and is gone.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(OTHERS)
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text

@@ -37,12 +37,16 @@ def plan(
     from rich.console import Console
 
     from veneer.cli.quiet import quiet_libraries
+    from veneer.train import processes
     from veneer.train.outlook import outlook
     from veneer.train.recipe import load_recipe
 
     quiet_libraries()
     loaded = load_recipe(recipe, overrides or [], **flags)
     found = outlook(loaded)
+    processes.end()
+    if not processes.is_main():
+        return
     if json_:
         import json
 
@@ -149,7 +153,10 @@ def _needs(found: Outlook) -> RenderableType:
 def _histogram(found: Outlook) -> RenderableType:
     most = max(number for _, number in found.rows.histogram)
     bars = [
-        (f"{first:,} to {last:,}", f"{'█' * max(1 if number else 0, round(40 * number / most))} {number:,}")
+        (
+            f"{first:,} to {last:,}" if last > first else f"{first:,}",
+            f"{'█' * max(1 if number else 0, round(40 * number / most))} {number:,}",
+        )
         for (first, last), number in found.rows.histogram
     ]
     return _table("Length of rows, in tokens", *bars)

@@ -29,6 +29,7 @@ def run_and_show(recipe: Recipe, console: Console, example_rows: int = 0) -> Run
     from veneer.train.card import write_card
     from veneer.train.data import locate
     from veneer.train.loop import run
+    from veneer.train.processes import is_main
     from veneer.train.progress import ProgressCallback
     from veneer.train.record import LayerRecorder
     from veneer.train.report import write_report
@@ -37,6 +38,8 @@ def run_and_show(recipe: Recipe, console: Console, example_rows: int = 0) -> Run
     recorder = LayerRecorder()
     with ProgressCallback(console) as progress:
         result = run(recipe, callbacks=(progress, recorder), console=console)
+    if not is_main():
+        return result
     out = Path(result.out)
     write_report(result, out / "report.html", recorder.layers)
     write_card(result, Path(result.adapter_dir) / "README.md")

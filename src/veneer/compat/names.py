@@ -122,6 +122,7 @@ TABLE: dict[str, dict[str, str]] = {
         "_get_tuner_state_dict_key_prefixes=adapter_prefixes _filter_state_dict_by_key_prefixes=under_prefixes "
         f"find_parameter_name_by_module get_device_map onload_layer {_HELPERS}",
     },
+    "tuners.adamss.asa_callback": {"compat.callbacks": "AdamssAsaCallback"},
     "tuners.lora": {**_INITS, "available": "is_bnb_4bit_available is_bnb_available is_eetq_available"},
     "tuners.lora.arrow": {"methods.arrow": "create_arrow_model"},
     "tuners.lora.config": {k: v for k, v in _INITS.items() if k in ("inits.settings", "methods.lora_options")}

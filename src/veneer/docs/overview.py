@@ -68,6 +68,7 @@ def _how(measured: dict[str, Any]) -> str:
     rows = measured["methods"].values()
     worst, rounds = max(r["loss_difference"] for r in rows), min(r.get("rounds", case.get("rounds")) for r in rows)
     clock = "the processor's time" if case["threads"] == 1 else "wall time"
+    commits = sorted({str(r["commit"]) for r in rows})
     return "\n".join(
         [
             "## How it was measured",
@@ -83,7 +84,8 @@ def _how(measured: dict[str, Any]) -> str:
             f"`file`: the adapter's tensors on disk. The losses of both packages agree to {worst:.0e}.",
             "",
             f"{machine['device']}, {case['threads']} thread{'s' * (case['threads'] > 1)}, torch {machine['torch']}, "
-            f"commit {measured['commit']}. `python benchmarks/methods.py --json benchmarks/methods.json` measures "
-            "again, `make docs` writes this page.",
+            f"at commits {', '.join(commits)} (a row's is in the file). "
+            "`python benchmarks/methods.py --json benchmarks/methods.json` measures again, `make docs` writes this "
+            "page.",
         ]
     )

@@ -61,10 +61,10 @@ def merge_to_folder(
 
     dtype: store as this torch dtype's name. tolerance: dtype name -> difference of a logit as a share of the largest
     that needs no second look; one above it is rounding (which grows with a model's depth) as long as it is below
-    `ROUNDING` of what the adapter itself changes. into: "original": the base's own weights, which must not be quantised; a name of
-    backends.loading.QUANTISED: the base quantised in this way; None: the base as its files are. A cut-off run goes on
-    in `<out>.partial`. Raises Different where the check fails, and CannotMerge, AdapterError or BaseModelError; `out`
-    is then not there.
+    `ROUNDING` of what the adapter itself changes. into: "original": the base's own weights, which must not be
+    quantised; a name of backends.loading.QUANTISED: the base quantised in this way; None: the base as its files are.
+    A cut-off run goes on in `<out>.partial`. Raises Different where the check fails, and CannotMerge, AdapterError or
+    BaseModelError; `out` is then not there.
     """
     if out.exists():
         raise AdapterError(f"{out} already exists; name a folder that does not exist yet")

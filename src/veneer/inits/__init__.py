@@ -68,6 +68,14 @@ def changes_base(cfg: Any) -> bool:
     return INITS[_name(cfg)]
 
 
+def _draw_as_peft(A: Tensor, B: Tensor, p: View, cfg: Any) -> None:
+    """Take from the global generator what peft takes before it sets the initial values: the numbers with which its
+    modules come to life. With one seed, both libraries then start from the same A and shuffle the data alike."""
+    import_module("veneer.inits.random").fill(A, B, lambda: A, p, cfg)
+    if cfg.lora_bias:
+        p.lora_B_bias.uniform_()
+
+
 def initial(p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
     """Fill an adapter's A and B as init_lora_weights says; an embedding starts from its default whatever the name, as
     the files of such adapters expect of the base."""
@@ -78,6 +86,8 @@ def initial(p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
     A, B = (getattr(*p.where[k]) for k in keys)
     try:
         with torch.no_grad():
+            if name != "random":
+                _draw_as_peft(A, B, p, cfg)
             if cfg.lora_bias:
                 p.fill("lora_B_bias", torch.zeros_like(p.lora_B_bias))
             return fill(A, B, weight, p, cfg)

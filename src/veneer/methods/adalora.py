@@ -139,10 +139,11 @@ class AdaLoRA(LowRank):
         return {"lora_A": Spec((r, columns)), "lora_E": Spec((r, 1)), "lora_B": Spec((site.out, r))}
 
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
-        for key in PARTS:
-            t = getattr(p, key)
+        first = [torch.randn_like(getattr(p, key)) for key in PARTS]  # peft draws twice: one seed, the same start
+        torch.randn(1)
+        for key, t in zip(PARTS, first, strict=True):
             zero = key == "lora_E" and cfg.init_lora_weights is not False
-            p.fill(key, torch.zeros_like(t) if zero else torch.randn_like(t) * 0.02)
+            p.fill(key, t.zero_() if zero else t.normal_(0, 0.02))
         return None
 
     def scaling(self, cfg: Any) -> float:

@@ -17,14 +17,17 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError, PeftWarning
+from ..kernels import plain_autograd
 from ..site import Site
 from ..view import View
 from .lora import LoraFactors, lora_bias_delta, lora_check
 
 KEY = "alora:"  # + adapter: in a call's data, (rows, tokens), where it acts
+AT = "alora at:"  # + adapter: the numbers of those tokens, counted row by row, so that a layer can gather them
 NEVER = torch.iinfo(torch.int64).max
 
 
@@ -67,7 +70,10 @@ class Watch:
         known = getattr(cache, "alora_starts", {}) if past else {}
         where = torch.arange(past, past + given.shape[1], device=given.device)
         self.begun = {n: self.begin(n, ids, given, past, known.get(n)) for n in self.tokens}
-        self.host.data.update({KEY + n: where >= first[:, None] for n, first in self.begun.items()})
+        acting = {n: where >= first[:, None] for n, first in self.begun.items()}
+        self.host.data.update({KEY + n: mask for n, mask in acting.items()})
+        if plain_autograd(given):
+            self.host.data.update({AT + n: mask.flatten().nonzero()[:, 0] for n, mask in acting.items()})
 
     def begin(self, name: str, ids: Tensor | None, given: Tensor, past: int, known: Tensor | None) -> Tensor:
         """(rows,) the first column on which an adapter acts, counted from the cache's beginning."""
@@ -141,8 +147,19 @@ class ALoRA(LoraFactors):
 
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
         y = base(x, *args, **kwargs)
+        fresh = not args and not kwargs and base.plain(x) and y.is_contiguous()  # nobody else holds y
         for p in ps:
             (B, A), where, bias = self.factors(p), self.acts(p, x), lora_bias_delta(p)
+            at = p.data.get(AT + p.name)
+            if where is not None and at is not None and len(at) < where.numel() and plain_autograd(x):
+                h = F.linear(p.drop(x.flatten(0, -2).index_select(0, at)), A)  # the other tokens are not kept
+                change = F.linear(h, B * p.scaling, bias).to(y.dtype)
+                rows = y.reshape(-1, y.shape[-1])
+                if fresh:
+                    rows.index_add_(0, at, change)
+                else:
+                    y = rows.index_add(0, at, change).view(y.shape)
+                continue
             h = p.site.down(p.drop(x), A)
             y = p.site.accumulate(y, h if where is None else h * where, B, p.scaling)
             if bias is not None:

@@ -5,21 +5,22 @@ arXiv:2407.19342, section 3.
 
     c3a_kernel (out / b, inp / b, b)    b = block_size
 
-x_n and y_m are runs of b features. Small layers add the blocks to the weight instead of transforming the input;
-which is cheaper is a matter of the layer's sizes. Merges. Gradients are autograd's own (peft's hand-written
-ones are off). Beyond peft: transformers' Conv1D.
+x_n and y_m are runs of b features. A plain linear layer transforms activations (circulant_kernels.py); with short
+runs, and elsewhere on small layers, the blocks are added to the weight. Merges. Gradients agree with finite differences
+(peft's hand-written ones are off). Beyond peft: transformers' Conv1D.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..circulant_kernels import circulant_linear
 from ..config import AdapterConfig, veneer_field
 from ..kinds import Additive, Spec
 from ..site import Site
@@ -27,6 +28,7 @@ from ..view import View
 
 INITS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
 TRANSFORMS_FROM = 512  # features (the harmonic mean of both sizes, halved) from which on transforms are cheaper
+LONG_RUNS = 16  # block sizes from which on the node of transforms is cheaper than adding blocks to the weight
 
 
 @dataclass
@@ -99,6 +101,13 @@ class C3A(Additive):
         i = torch.arange(b, device=w.device)
         blocks = w.index_select(-1, ((i - i[:, None]) % b).flatten()).unflatten(-1, (b, b))
         return blocks.transpose(1, 2).reshape(p.site.out, p.site.inp).to(p.dtype or w.dtype)
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        if len(ps) == 1 and not args and not kwargs and ps[0].c3a_kernel.shape[-1] >= LONG_RUNS:
+            w = self.kernel(ps[0])
+            if w.dtype == x.dtype and base.exact_for(x) and base.plain(x):
+                return circulant_linear(x, base.weight(), base.bias(), w)
+        return super().forward(ps, x, base, args, kwargs)
 
     def side(self, p: View, x: Tensor) -> Tensor:
         if self.dense(p) or x.dtype not in (torch.float32, torch.float64):

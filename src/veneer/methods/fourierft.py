@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ..config import AdapterConfig
-from ..fourier_kernels import halves_of, spectral
+from ..fourier_kernels import Halves, halves_of, spectral
 from ..kinds import Additive, Spec
 from ..site import Site
 from ..sparse_kernels import sparse_fits
@@ -154,12 +154,16 @@ class FourierFT(Additive):
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
         if not all(self.by_rows(p, x) for p in ps):
             return super().forward(ps, x, base, args, kwargs)
+        parts = [(s := self.spectrum(p) / (p.site.out * p.site.inp), self.halves(p, s.dtype)) for p in ps]
+        if len(ps) == 1 and not args and not kwargs and base.plain(x):
+            return spectral(x, *parts[0], base.weight(), base.bias())
         y = base(x, *args, **kwargs)
-        for p in ps:
-            out, inp, s = p.site.out, p.site.inp, self.spectrum(p)
-            halves = halves_of(p.memory, p.fourierft_indices, out, inp, s.dtype)
-            y = y + spectral(x, s / (out * inp), halves)
+        for s, halves in parts:
+            y = y + spectral(x, s, halves)
         return y
+
+    def halves(self, p: View, dtype: torch.dtype) -> Halves:
+        return halves_of(p.memory, p.fourierft_indices, p.site.out, p.site.inp, dtype)
 
     def by_rows(self, p: View, x: Tensor) -> bool:
         """Whether to transform activations: always while training, where the change's gradient would be a dense one,

@@ -13,7 +13,7 @@ without a bias C, D and E are left out, as files have it. Merges. Beyond peft: t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig, veneer_field
 from ..errors import AdapterError
-from ..kinds import Additive, Spec
+from ..hadamard_kernels import modulated
+from ..kinds import Additive, Spec, Weights
 from ..site import Site
 from ..view import View
 
@@ -115,6 +116,16 @@ class GLoRA(Additive):
         if A is None or B is None:
             return torch.zeros_like(W, dtype=p.dtype or W.dtype)
         return (W.to(A.dtype) * A + B) * p.scaling
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        if len(ps) != 1 or ps[0].cfg.config_A_B != "lora":
+            return super().merged(ps, W, b)
+        p = ps[0]
+        B, A, D, C = p.glora_A_Xd, p.glora_A_Xu, p.glora_B_Xd, p.glora_B_Xu
+        d = self.bias_delta(p)
+        if d is not None:
+            b = d if b is None else b + d
+        return modulated(W, p.site.weight().to(A.dtype), B, A, D, C, p.scaling), b
 
     def bias_delta(self, p: View) -> Tensor | None:
         b, W = p.site.bias(), p.site.weight()

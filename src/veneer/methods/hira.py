@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from ..errors import AdapterError
-from ..kinds import Additive, Spec
+from ..hadamard_kernels import modulated
+from ..kinds import Additive, Spec, Weights
 from ..site import Site
 from ..view import View
 
@@ -97,6 +98,13 @@ class HiRA(Additive):
     def delta(self, p: View) -> Tensor:
         (B, A), W = self.factors(p), p.site.weight()
         return W.to(A.dtype) * (B.flatten(1) @ A.flatten(1) * p.scaling).reshape(W.shape)
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        for p in ps:
+            (B, A), M = self.factors(p), p.site.weight()
+            new = modulated(W.flatten(1), M.to(A.dtype).flatten(1), B.flatten(1), A.flatten(1), None, None, p.scaling)
+            W = new.reshape(W.shape)
+        return W, b
 
     def side(self, p: View, x: Tensor) -> Tensor:
         if p.site.kind != "embedding":

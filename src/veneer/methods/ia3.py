@@ -92,8 +92,8 @@ class IA3(Gate):
         return {"ia3_l": Spec((1, n) if inside else (n, 1))}
 
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
-        l = p.ia3_l
-        p.fill("ia3_l", torch.ones_like(l) if cfg.init_ia3_weights else torch.randn_like(l))
+        drawn = torch.randn_like(p.ia3_l)  # taken either way, as peft does: one seed shuffles the data alike in both
+        p.fill("ia3_l", torch.ones_like(drawn) if cfg.init_ia3_weights else drawn)
         return None
 
     def gates(self, p: View) -> tuple[bool, bool]:

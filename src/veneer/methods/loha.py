@@ -17,7 +17,7 @@ change is zero (peft: NaN). Beyond peft: three-dimensional convolutions, transfo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
-from ..kinds import Additive, Spec
+from ..hadamard_kernels import hadamard
+from ..kinds import Additive, Spec, Weights
 from ..site import Site
 from ..view import View
 
@@ -85,15 +86,24 @@ class LoHa(Additive):
 
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
         for key in p.where:
-            value = torch.empty_like(getattr(p, key), dtype=torch.float32)
-            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
-            p.fill(key, value * 0 if key == "hada_w2_b" and cfg.init_weights else value)
+            value = torch.zeros_like(getattr(p, key), dtype=torch.float32)
+            if key != "hada_w2_b" or not cfg.init_weights:
+                nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+            p.fill(key, value)
         return None
 
     def delta(self, p: View) -> Tensor:
         first, second = self.product(p, 1), self.product(p, 2)
         shape = (p.site.out, p.site.inp // p.site.groups, *p.site.kernel)
         return (first * second * p.scaling).reshape(shape)
+
+    def merged(self, ps: Sequence[View], W: Tensor, b: Tensor | None) -> Weights:
+        if any(_effective(p.cfg, p.site) for p in ps):
+            return super().merged(ps, W, b)
+        for p in ps:
+            factors = (p.hada_w1_a, p.hada_w1_b, p.hada_w2_a, p.hada_w2_b)
+            W = hadamard(W.flatten(1), *factors, p.scaling).reshape(W.shape)
+        return W, b
 
     def product(self, p: View, i: int) -> Tensor:
         """One of the two low-rank factors of the change."""

@@ -73,7 +73,8 @@ class Poly(Routed):
     def check_call(self, cfg: Any, data: dict[str, Any]) -> None:
         if "task_ids" not in data:
             return
-        ids = data["task_ids"] = torch.as_tensor(data["task_ids"])
+        ids = torch.as_tensor(data["task_ids"])
+        ids = data["task_ids"] = ids[:, 0] if ids.dim() == 2 and ids.shape[1] == 1 else ids  # one a row, as a column
         if ids.is_floating_point() or ids.dim() != 1:
             raise ValueError(f"task_ids must be one integer a row, not {ids.dtype} of shape {tuple(ids.shape)}")
         low, high = int(ids.min()), int(ids.max())

@@ -22,13 +22,17 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from ..config import AdapterConfig, veneer_field
+from ..kernels import plain_autograd
 from ..kinds import LowRank, Spec
+from ..remade import remember
 from ..site import Site
 from ..view import View
 from .vera import _rounded
@@ -77,6 +81,41 @@ def _ternary(shape: tuple[int, ...], s: float, generator: torch.Generator) -> Te
     return signs / signs.std()
 
 
+def scaled_bases_reference(lam: Tensor, A: Tensor, gamma: Tensor) -> Tensor:
+    """lam (r, n), A (r, 1, low), gamma (n, low) -> (r, n, low)"""
+    return lam[:, :, None] * A * gamma
+
+
+def scaled_bases(lam: Tensor, A: Tensor, gamma: Tensor) -> Tensor:
+    """scaled_bases_reference; where A is frozen, as one autograd node that keeps nothing of the product's size."""
+    if A.requires_grad or not lam.dtype == A.dtype == gamma.dtype or not plain_autograd(lam):
+        return scaled_bases_reference(lam, A, gamma)
+    return _ScaledBases.apply(lam, A, gamma)  # type: ignore[no-any-return]
+
+
+def _made(lam: Tensor, A: Tensor, gamma: Tensor) -> Tensor:
+    return (A * lam[:, :, None]).mul_(gamma)
+
+
+def _shaped(transposed: bool, made: Tensor) -> Tensor:
+    """(r * n, low), or its transpose"""
+    return made.flatten(0, 1).mT if transposed else made.flatten(0, 1)
+
+
+class _ScaledBases(Function):
+    @staticmethod
+    def forward(ctx: Any, lam: Tensor, A: Tensor, gamma: Tensor) -> Tensor:
+        ctx.save_for_backward(lam, A, gamma)
+        return _made(lam, A, gamma)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        lam, A, gamma = ctx.saved_tensors
+        read = (g * A).transpose(0, 1)  # (n, r, low)
+        glam = torch.bmm(read, gamma[:, :, None])[..., 0].mT
+        return glam, None, torch.bmm(lam.mT[:, None], read)[:, 0]
+
+
 class RandLoRA(LowRank):
     Config = RandLoraConfig
     prefix = "randlora_"
@@ -117,9 +156,12 @@ class RandLoRA(LowRank):
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:
         low, high, n = min(p.site.out, p.site.inp), max(p.site.out, p.site.inp), p.randlora_lambda.shape[1]
-        small = p.randlora_lambda[:, :, None] * p.randlora_A[:, :, :low] * p.randlora_gamma
-        small, large = small.flatten(0, 1), p.randlora_B[:high, :n].flatten(1)  # (r * n, low), (high, n * r)
-        return (large, small) if p.site.inp <= p.site.out else (small.mT, large.mT)
+        wide, sources = p.site.inp > p.site.out, (p.randlora_lambda, p.randlora_A[:, :, :low], p.randlora_gamma)
+        shaped = partial(_shaped, wide)
+        small, large = shaped(scaled_bases(*sources)), p.randlora_B[:high, :n].flatten(1)  # large (high, n * r)
+        if plain_autograd(small):
+            small = remember(small, lambda *t: shaped(_made(*t)), *sources)
+        return (small, large.mT) if wide else (large, small)
 
     def from_disk(self, cfg: Any, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Without the copies of the shared bases that a file of peft holds for each layer."""

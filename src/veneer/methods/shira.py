@@ -7,12 +7,14 @@ arXiv:2406.13175, section 3.
     shira_indices (2, r (out + inp))    rows and columns, int32, frozen and saved
 
 The positions are the seed's, the first of a random permutation in the weight's own order; or those of
-`config.mask_fn(base_layer, r, random_seed=...)`, set on the config by the user: a function that returns a mask
-shaped like the layer's weight with r (out + inp) ones. Merges. Beyond peft: transformers' Conv1D.
+`config.mask_fn(base_layer, r)`, set on the config by the user: a function that returns a mask shaped like the
+layer's weight with r (out + inp) ones; one with a parameter `random_seed` gets the config's. Merges. Beyond peft:
+transformers' Conv1D.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -38,6 +40,14 @@ def random_mask(base_layer: torch.nn.Module, r: int, random_seed: int | None = N
     chosen = torch.randperm(weight.numel(), generator=generator)[: r * sum(weight.shape)]
     mask[chosen.to(weight.device)] = 1
     return mask.reshape(weight.shape)
+
+
+def _seed(cfg: ShiraConfig) -> dict[str, int | None]:
+    """The seed, for a mask function that takes one."""
+    assert cfg.mask_fn is not None
+    found = inspect.signature(cfg.mask_fn).parameters
+    takes = "random_seed" in found or any(p.kind is p.VAR_KEYWORD for p in found.values())
+    return {"random_seed": cfg.random_seed} if takes else {}
 
 
 @dataclass
@@ -89,7 +99,7 @@ class SHiRA(Additive):
                 f"mask_type={cfg.mask_type!r} is not built in; set `config.mask_fn` to a function that returns the mask"
             )
         base: Any = SimpleNamespace(weight=weight()) if p.site.quantised else p.site.module  # not the packed weight
-        mask = cfg.mask_fn(base, cfg.r, random_seed=cfg.random_seed)
+        mask = cfg.mask_fn(base, cfg.r, **_seed(cfg))
         at = p.site.to_canonical(mask).nonzero().T
         if at.shape != p.shira_indices.shape:
             raise ValueError(

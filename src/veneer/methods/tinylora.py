@@ -20,9 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import AdapterConfig, veneer_field
+from ..int8 import int8_weight
+from ..kernels import low_rank_onto, mask_like
 from ..kinds import LowRank, Spec
 from ..site import Site
 from ..view import View
@@ -113,9 +116,22 @@ class TinyLoRA(LowRank):
         generator = torch.Generator(device="cpu").manual_seed(cfg.projection_seed + cfg.place)
         p.fill("tinylora_P", torch.randn(p.tinylora_P.shape, generator=generator) * (1 / math.sqrt(len(p.tinylora_A))))
 
-    def factors(self, p: View) -> tuple[Tensor, Tensor]:
+    def mix(self, p: View) -> Tensor:
+        """(r, r): the trained numbers' sum of random matrices."""
         v, P = getattr(p, f"tinylora_v_{p.cfg.group}"), p.tinylora_P
-        mix = (v @ P.flatten(1)).reshape(P.shape[1:])
+        return (v @ P.flatten(1)).reshape(P.shape[1:])
+
+    def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        p = ps[0]
+        usual = len(ps) == 1 and not args and not kwargs and p.dropout_rate < 1 and base.plain(x)
+        if not usual or int8_weight(p.site.module) is not None:
+            return super().forward(ps, x, base, args, kwargs)
+        rate, A = p.dropout_rate, p.tinylora_A  # the small matrix acts on activations: no gradient of B's size
+        h = F.linear(x * mask_like(x, rate), A) / (1 - rate) if rate else F.linear(x, A)
+        return low_rank_onto(x, base.weight(), base.bias(), F.linear(h, self.mix(p)), p.tinylora_B, p.scaling)
+
+    def factors(self, p: View) -> tuple[Tensor, Tensor]:
+        mix = self.mix(p)
         if p.site.kind == "embedding":
             return p.tinylora_A.mT, mix.mT @ p.tinylora_B.mT
         return p.tinylora_B @ mix, p.tinylora_A

@@ -101,4 +101,8 @@ class UniLoRA(LowRank):
 
     def factors(self, p: Any) -> tuple[Tensor, Tensor]:
         theta = p.unilora_theta_d
-        return theta[p.unilora_indices_B] * p.unilora_scales_B, theta[p.unilora_indices_A] * p.unilora_scales_A
+
+        def spread(index: Tensor, scales: Tensor) -> Tensor:
+            return theta.index_select(0, index.flatten()).view(index.shape) * scales
+
+        return spread(p.unilora_indices_B, p.unilora_scales_B), spread(p.unilora_indices_A, p.unilora_scales_A)

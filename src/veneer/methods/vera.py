@@ -91,9 +91,10 @@ class VeRA(LowRank):
         return {"vera_lambda_b": Spec((site.out,)), "vera_lambda_d": Spec((cfg.r,))}
 
     def init(self, p: View, cfg: Any, weight: Callable[[], Tensor]) -> Tensor | None:
-        b, d, usual = p.vera_lambda_b, p.vera_lambda_d, cfg.init_weights
+        b, usual = p.vera_lambda_b, cfg.init_weights
+        drawn = torch.randn_like(p.vera_lambda_d)  # taken either way, as peft does: one seed shuffles alike in both
         p.fill("vera_lambda_b", torch.zeros_like(b) if usual else torch.ones_like(b))
-        p.fill("vera_lambda_d", torch.full_like(d, cfg.d_initial) if usual else torch.randn_like(d))
+        p.fill("vera_lambda_d", torch.full_like(drawn, cfg.d_initial) if usual else drawn)
         return None
 
     def factors(self, p: View) -> tuple[Tensor, Tensor]:

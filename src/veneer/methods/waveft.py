@@ -90,6 +90,7 @@ def filters(family: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=512)
+@torch.inference_mode(False)  # kept: a first call for inference makes what training goes on with
 def _filters(family: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     low = torch.tensor(wavelets()[family], dtype=torch.float64)
     sign = 1.0 - 2.0 * (torch.arange(len(low)) % 2)
@@ -97,6 +98,7 @@ def _filters(family: str, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)
 def reach(out: int, inp: int, n: int, seed: int, length: int) -> Tensor:
     """(n, length^2): the flat positions in the weight that each coefficient adds to; out * inp where outside."""
     positions = []

@@ -7,8 +7,9 @@ that any search, beam width or growing cache of transformers works as without a 
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -86,9 +87,12 @@ def get_prompt(peft_model: PeftModel, batch_size: int, task_ids: Tensor | None =
     return _expanded(method.prompt(encoder, cfg, _per_row(task_ids, batch_size)), batch_size)
 
 
-def saved_tensors(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """What the adapter's file holds: "prompt_embeddings" (n, width), finished, and the method's own."""
+def saved_tensors(peft_model: PeftModel, adapter: str, given: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What the adapter's file holds: "prompt_embeddings" (n, width), finished, and the method's own. given: a state
+    dict of the model, gathered from shards, say, whose tensors stand in for the encoder's own."""
     cfg, encoder = peft_model.peft_config[adapter], peft_model.prompt_encoder[adapter]
+    if given is not None:
+        encoder = _with(encoder, given, f"prompt_encoder.{adapter}.")
     training = encoder.training
     encoder.eval()  # a file holds the prompt as it is used, without dropout
     try:
@@ -97,6 +101,17 @@ def saved_tensors(peft_model: PeftModel, adapter: str) -> dict[str, Tensor]:
     finally:
         encoder.train(training)
     return {name: t.detach() for name, t in saved.items()}
+
+
+def _with(encoder: torch.nn.Module, given: Mapping[str, Tensor], start: str) -> torch.nn.Module:
+    """A copy of the encoder that holds the tensors under `start`. Raises AdapterError where some are missing."""
+    own = {k.removeprefix(start): t.detach() for k, t in given.items() if k.startswith(start)}
+    missing = [k for k in encoder.state_dict() if k not in own]
+    if missing:
+        raise AdapterError(f"the state dict given to save has no {start}{missing[0]} ({len(missing)} are missing)")
+    out = copy.deepcopy(encoder)
+    out.load_state_dict(own, assign=True)
+    return out
 
 
 def trained(peft_model: PeftModel, adapter: str) -> list[torch.nn.Parameter]:

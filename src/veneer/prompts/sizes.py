@@ -50,7 +50,8 @@ def text_config(base: nn.Module) -> Any:
 def _cache_sizes(config: Any, both: bool) -> dict[str, int | None]:
     """Layers, key/value heads and width (heads * head width) of the cache; both: its decoder's. Raises AdapterError
     where layers differ in them."""
-    differing = config.to_dict().get("per_layer_config") or {}  # layer -> what is its own
+    as_dict = config.to_dict() if callable(getattr(config, "to_dict", None)) else vars(config)
+    differing = as_dict.get("per_layer_config") or {}  # layer -> what is its own
     apart = {"head_dim", "num_key_value_heads"} & {key for values in differing.values() for key in values}
     if apart:
         raise AdapterError(

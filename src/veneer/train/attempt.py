@@ -11,12 +11,14 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.files import write_json
+from veneer.train import processes
+from veneer.train.errors import RecipeError
 from veneer.train.result import whole_folder
 
 if TYPE_CHECKING:
@@ -58,11 +60,30 @@ class Attempt:
 @contextmanager
 def attempt(recipe: Recipe) -> Iterator[Attempt]:
     """The folder to write a run into. It takes the name `recipe.out` at the end; where anything fails it stays, if
-    it holds a whole checkpoint, and goes otherwise.
+    it holds a whole checkpoint, and goes otherwise. Of several processes, the main one sees to that.
 
     Raises:
         RecipeError: another process is at it, or what is there belongs to another recipe.
     """
+    told: Attempt | RecipeError | None = None
+    if processes.is_main():
+        with ExitStack() as stack:
+            try:
+                told = stack.enter_context(_attempt(recipe))
+            except RecipeError as error:
+                processes.from_main(error)
+                raise
+            yield processes.from_main(told)
+    else:
+        told = processes.from_main(told)
+        if not isinstance(told, Attempt):
+            raise told if told is not None else RuntimeError("the main process gave no folder")
+        yield told
+    processes.wait()
+
+
+@contextmanager
+def _attempt(recipe: Recipe) -> Iterator[Attempt]:
     from veneer.train.checkpoints import drop_unsealed, last_whole
 
     out = Path(recipe.out).absolute()
@@ -153,6 +174,7 @@ def _asked(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json", exclude={"overwrite"}),
         "data": data,
         "base": {p.name: [p.stat().st_size, p.stat().st_mtime_ns] for p in files},
+        "processes": processes.several(),
         "versions": {"veneer": __version__, "torch": str(torch.__version__), "transformers": transformers.__version__},
     }
 
@@ -161,6 +183,9 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """The keys of the recipe that differ, or what else does."""
     words = {"data": "the rows", "base": "the base's files"}
     found = _keys(was["recipe"], now["recipe"])
+    before, here = was.get("processes", 1), now["processes"]
+    if before != here:
+        found.append(f"the number of processes ({before}, now {here})")
     return found + [word for part, word in words.items() if was[part] != now[part] and not found]
 
 

@@ -50,10 +50,11 @@ def _shown(results: Iterator[Any], spans: list[tuple[int, int]]) -> Iterator[Any
     from rich.console import Console
     from rich.progress import Progress
 
+    from veneer.train.processes import is_main
     from veneer.train.screen import redraws
 
     console, began = Console(stderr=True), time.monotonic()
-    bar = Progress(console=console, transient=True) if redraws(console) else None
+    bar = Progress(console=console, transient=True) if redraws(console) and is_main() else None
     task = None
     try:
         for (_, last), result in zip(spans, results, strict=True):

@@ -25,6 +25,7 @@ from veneer.errors import AdapterError
 from veneer.files import read_tensors, sha256, write_json, write_tensors, write_text
 from veneer.layer import adapted_layers
 from veneer.train.errors import RecipeError
+from veneer.train.processes import from_main
 
 __all__ = ["SEAL", "Autosave", "Changes", "Progress", "cannot_write", "drop_unsealed", "last_whole", "seal"]
 
@@ -126,10 +127,14 @@ def _tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: t for n, t in found.items() if t.requires_grad or not is_traceable_wrapper_subclass(t)}
 
 
+def _progress_file(process: int) -> str:
+    return f"progress-{process}.json" if process else PROGRESS
+
+
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come: steps, tokens, seconds; the summed loss since the step that was ``logged`` last; whether
-    training has stopped.
+    training has stopped. Tokens and loss are one process's own.
     """
 
     step: int = 0
@@ -139,12 +144,12 @@ class Progress:
     logged: int = 0
     stopped: bool = False
 
-    def write(self, folder: Path) -> None:
-        write_json(str(folder / PROGRESS), dataclasses.asdict(self))
+    def write(self, folder: Path, process: int = 0) -> None:
+        write_json(str(folder / _progress_file(process)), dataclasses.asdict(self))
 
     @staticmethod
-    def read(folder: Path) -> Progress:
-        path = folder / PROGRESS
+    def read(folder: Path, process: int = 0) -> Progress:
+        path = folder / _progress_file(process)
         return Progress(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else Progress()
 
 
@@ -161,7 +166,7 @@ class Autosave(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self.asked = time.monotonic()
-        if self.asked - self.last >= self.seconds:
+        if from_main(self.asked - self.last >= self.seconds):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:

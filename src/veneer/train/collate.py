@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from veneer.train.encode import IGNORE
+from veneer.train.processes import mine
 
 __all__ = ["Collator", "GroupCollator", "batches", "pad_batch"]
 
@@ -33,9 +34,9 @@ def pad_batch(
 class Collator:
     """A training batch: `input_ids`, `attention_mask` and the rows' other columns, padded on the right.
 
-    Lists of whole numbers are padded to (rows, longest), `labels` with -100 and others with 0; numbers become
-    (rows,), lists of other numbers (rows, n). ``multiple_of`` rounds the length up; accelerators like 8, a CPU
-    gains nothing from it. `length` is left out.
+    Lists of whole numbers are padded to (rows, longest), `labels` with -100 and others with 0, and so are `weights`,
+    one number a token; numbers become (rows,), lists of other numbers (rows, n). ``multiple_of`` rounds the length up;
+    accelerators like 8, a CPU gains nothing from it. `length` is left out.
     """
 
     pad_token_id: int
@@ -55,6 +56,11 @@ class Collator:
     def _column(self, name: str, values: list[Any]) -> torch.Tensor:
         if isinstance(values[0], list) and all(isinstance(item, int) for value in values for item in value):
             return pad_batch(values, IGNORE if name == "labels" else 0, multiple_of=self.multiple_of)
+        if name == "weights":  # one a token
+            padded = pad_batch([[0] * len(value) for value in values], 0, multiple_of=self.multiple_of).float()
+            for row, value in zip(padded, values, strict=True):
+                row[: len(value)] = torch.tensor(value)
+            return padded
         return torch.tensor(values)
 
 
@@ -83,10 +89,12 @@ class GroupCollator:
 
 
 def batches(rows: Any, collate: Any, size: int, device: torch.device) -> Iterator[tuple[list[int], Batch]]:
-    """Rows of like lengths together, each batch with its rows' numbers; ``rows`` have a `length` column."""
+    """Rows of like lengths together, each batch with its rows' numbers; ``rows`` have a `length` column.
+
+    Where several processes share the rows (processes.py), this one's batches.
+    """
     order = sorted(range(len(rows)), key=list(rows["length"]).__getitem__)
-    for first in range(0, len(order), size):
-        part = order[first : first + size]
+    for part in mine([order[first : first + size] for first in range(0, len(order), size)]):
         columns = rows[part]
         features = [{name: values[place] for name, values in columns.items()} for place in range(len(part))]
         yield part, {key: value.to(device) for key, value in collate(features).items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.errors import DataError
-from veneer.train.layouts import Layout, check_columns, choose_layout, joined, layouts_of
+from veneer.train.layouts import Layout, check_columns, choose_layout, joined, layouts_of, left_out
 from veneer.train.mixing import Group, describe, hold_out, mix
 from veneer.train.readers import Row, rows_with_lines
 from veneer.train.sources import SHIPPED, Part, Place, conll_columns, file_format, locate, parts_of
@@ -74,12 +74,25 @@ def pick(layout: Layout, task: str, place: Place, row: Row) -> Row:
     """A row under its role names. Raises DataError, with the reason, where it is not what the task reads."""
     from veneer.train.tasks import get_task
 
-    picked = {role: row.get(column) for role, column in layout.columns.items()}
+    picked = {role: _turns(row.get(column)) for role, column in layout.columns.items()}
     problem = next((_missing(column, row) for column in layout.columns.values() if row.get(column) is None), "")
     problem = problem or get_task(task).check_row(layout, picked)
     if problem:
         raise place.error(problem)
     return picked
+
+
+#: other words for who speaks
+SPEAKERS = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+
+def _turns(value: Any) -> Any:
+    """Turns written as {from, value} (ShareGPT's form) as {role, content}; any other value as it is."""
+    if not isinstance(value, list) or not all(
+        isinstance(turn, dict) and {"from", "value"} <= turn.keys() for turn in value
+    ):
+        return value
+    return [{"role": SPEAKERS.get(turn["from"], turn["from"]), "content": turn["value"]} for turn in value]
 
 
 def _read(part: Part, layout: Layout, task: str, seed: int) -> tuple[list[tuple[Place, Row]], tuple[str, ...]]:
@@ -110,7 +123,21 @@ def table_of(path: Path, layout: Layout, rows: Sequence[tuple[Place, Row]], note
         even = [{role: row.get(role) for role in layout.columns} for _, row in rows]
         return Table(path, layout, datasets.Dataset.from_list(even), [p for p, _ in rows], notes)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
-        raise DataError(f"the rows do not agree on their types: {error}", file=path) from error
+        raise _uneven(layout, rows) or DataError(f"the rows do not agree on their types: {error}", file=path) from error
+
+
+def _uneven(layout: Layout, rows: Sequence[tuple[Place, Row]]) -> DataError | None:
+    """Which column is one kind of value in one row and another in another, where that is told at a glance."""
+    kinds = {str: "text", list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    for role, column in layout.columns.items():
+        first: tuple[Place, str] | None = None
+        for place, row in rows:
+            kind = kinds.get(type(row.get(role)))
+            if first is not None and kind not in (None, first[1]):
+                hint = "Rows of one run have the same kind of value in a column; convert these, or train on them apart."
+                return place.error(f"{column!r} is {kind}, and {first[1]} at {first[0]}", hint)
+            first = first or (None if kind is None else (place, kind))
+    return None
 
 
 def _load(spec: DataSpec, split: str, task: str, seed: int) -> tuple[Table, list[Group]] | None:
@@ -120,8 +147,15 @@ def _load(spec: DataSpec, split: str, task: str, seed: int) -> tuple[Table, list
         return None
     rows: list[tuple[Place, Row]] = []
     groups: list[Group] = []
-    notes: list[str] = []
-    for part, layout in zip(parts, layouts := layouts_of(parts, task), strict=True):
+    layouts = layouts_of(parts, task)
+    notes = left_out(parts, layouts, task)
+    for part in parts:
+        if part.apart:
+            folder = Path(part.source.path).expanduser()
+            named = ", ".join(path.relative_to(folder).as_posix() for path in part.apart[:4])
+            what = f"{named}{' ...' if len(part.apart) > 4 else ''}"
+            notes.append(f"{Path(part.source.path).name}: {what} not read as {split} rows, by the names of the files.")
+    for part, layout in zip(parts, layouts, strict=True):
         own, said = _read(part, layout, task, seed)
         groups.append(Group(part.path.name, list(range(len(rows), len(rows) + len(own))), part.source.weight))
         rows += own
@@ -180,7 +214,7 @@ def asked_table(
     check, kept = get_task(task).check_ask, []
     for number, row in enumerate(rows):
         place = Place(path, lines[number] if lines else None, before + number)
-        picked = {role: row.get(column) for role, column in layout.columns.items()}
+        picked = {role: _turns(row.get(column)) for role, column in layout.columns.items()}
         problem = next((_missing(column, row) for column in layout.columns.values() if row.get(column) is None), "")
         problem = problem or check(layout, picked)
         if problem:

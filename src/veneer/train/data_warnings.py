@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from veneer.train.prepare import Parts
     from veneer.train.recipe import Recipe
 
-__all__ = ["data_warnings", "row_for_row"]
+__all__ = ["data_warnings", "pad_warning", "row_for_row"]
 
 
 def data_warnings(recipe: Recipe, parts: Parts, train: Table, test: Table | None) -> list[str]:
@@ -79,11 +79,16 @@ def _tokens(recipe: Recipe, parts: Parts, table: Table) -> list[str]:
         if labels in train.column_names and isinstance(train[0][labels], list):
             out += _labels(recipe, parts, train[name], train[labels], where)
         out.append(_double_start(tokenizer, train[name], where))
-    if tokenizer.pad_token_id is None:
-        out.append("The tokenizer names no pad token; a safe one is chosen when the model is loaded.")
-    elif tokenizer.pad_token_id == tokenizer.eos_token_id:
-        out.append(f"The pad token {tokenizer.pad_token} also ends an answer; another is chosen if one is free.")
     return out
+
+
+def pad_warning(tokenizer: Any) -> list[str]:
+    """What a run will do about its pad token, which it says itself when it does it."""
+    if tokenizer.pad_token_id is None:
+        return ["The tokenizer names no pad token; a safe one is chosen when the model is loaded."]
+    if tokenizer.pad_token_id == tokenizer.eos_token_id:
+        return [f"The pad token {tokenizer.pad_token} also ends an answer; another is chosen if one is free."]
+    return []
 
 
 def _labels(recipe: Recipe, parts: Parts, ids: Any, labels: Any, where: Callable[[int], str]) -> list[str]:

@@ -98,7 +98,7 @@ def batches_of(parts: Parts, seed: int) -> list[list[int]]:
     size = args.train_batch_size
     order: list[int] = list(range(len(lengths)))
     if args.train_sampling_strategy == "group_by_length":
-        together = size * args.gradient_accumulation_steps
+        together = size * args.gradient_accumulation_steps * args.world_size
         streamed = parts.plan.stream is not None  # then its first rows are here, as its buffer will hold them
         order = sorted(order, key=lengths.__getitem__) if streamed else list(LengthBatches(lengths, together, seed))
     return [[lengths[row] for row in order[first : first + size]] for first in range(0, len(order), size)]
@@ -159,7 +159,7 @@ def estimate(recipe: Recipe, parts: Parts, model: Any, kernels: Any, speed: Spee
         usual=usual,
         need=middle,
         speed=speed,
-        steps=steps_of(args, len(batches)),
+        steps=steps_of(args, math.ceil(len(batches) / args.world_size)),
         seconds_a_step=a_batch * min(args.gradient_accumulation_steps, len(batches)),
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from veneer.train.collate import pad_batch
+from veneer.train.processes import merged, mine
 
 __all__ = ["evaluating", "greedy", "translate"]
 
@@ -48,17 +49,16 @@ def greedy(
     )
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: list[list[int]] = [[] for _ in prompts]
+    answers: list[list[int] | None] = [None] * len(prompts)
     with evaluating(model):
-        for first in range(0, len(order), batch_size):
-            part = order[first : first + batch_size]
+        for part in mine([order[first : first + batch_size] for first in range(0, len(order), batch_size)]):
             ids = pad_batch([prompts[index] for index in part], pad, side="left").to(device)
             mask = pad_batch([[1] * len(prompts[index]) for index in part], 0, side="left").to(device)
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             for index, row in zip(part, out[:, ids.shape[1] :].tolist()):
                 end = next((place for place, token in enumerate(row) if token in stops), len(row))
                 answers[index] = row[:end]
-    return answers
+    return merged(answers)
 
 
 def translate(
@@ -70,13 +70,12 @@ def translate(
     config.pad_token_id = pad
     device = next(model.parameters()).device
     order = sorted(range(len(sources)), key=lambda index: len(sources[index]))
-    answers: list[list[int]] = [[] for _ in sources]
+    answers: list[list[int] | None] = [None] * len(sources)
     with evaluating(model):
-        for first in range(0, len(order), batch_size):
-            part = order[first : first + batch_size]
+        for part in mine([order[first : first + batch_size] for first in range(0, len(order), batch_size)]):
             ids = pad_batch([sources[index] for index in part], pad).to(device)
             mask = pad_batch([[1] * len(sources[index]) for index in part], 0).to(device)
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             for index, row in zip(part, out.tolist(), strict=True):
                 answers[index] = row
-    return answers
+    return merged(answers)

@@ -13,7 +13,7 @@ from veneer.train.sources import Part, parts_of
 if TYPE_CHECKING:
     from veneer.train.data_spec import DataSpec
 
-__all__ = ["Layout", "check_columns", "choose_layout", "joined", "layouts_of"]
+__all__ = ["Layout", "check_columns", "choose_layout", "joined", "layouts_of", "left_out"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,18 @@ def choose_layout(
         if named.keys() <= columns.keys() and all(column in have for column in columns.values()):
             return Layout("+".join(layout), columns)
     wanted = ", or ".join(" and ".join(f"`{role}`" for role in layout) for layout in layouts)
-    first = layouts[-1][0]
-    example = f"data.{first}: {have[0]}" if first in type(spec).model_fields else f"data.columns.{first}: {have[0]}"
-    hint = f"{task} reads {wanted}; say which columns they are, for example `{example}`."
+    hint = f"{task} reads {wanted}; say which columns they are, for example `{_example(spec, layouts, have)}`."
     raise DataError(f"the columns are {', '.join(have)}", file=path, line=None, hint=hint)
+
+
+def _example(spec: DataSpec, layouts: Sequence[Sequence[str]], have: Sequence[str]) -> str:
+    """A recipe's lines for the layout that takes the most of the columns that are there."""
+    roles = max((layout for layout in layouts if len(layout) <= len(have)), key=len, default=layouts[-1])
+    free = [column for column in have if column not in roles]
+    named = [(role, free.pop(0)) for role in roles if role not in have and free]
+    pairs = ", ".join(f"{role}: {column}" for role, column in named)
+    direct = all(role in type(spec).model_fields for role, _ in named)
+    return f"data: {{{pairs}}}" if direct else f"data: {{columns: {{{pairs}}}}}"
 
 
 def _named_columns(spec: DataSpec, roles: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -96,8 +104,8 @@ def _usual(role: str, aliases: Sequence[str], have: Sequence[str]) -> str:
 
 
 def layouts_of(parts: Sequence[Part], task: str) -> list[Layout]:
-    """The columns of each source: the first of the task's layouts that all have; each its own where there is none and
-    the task reads rows of several kinds.
+    """The columns of each source: its own where the task reads rows of several kinds; otherwise the first of the task's
+    layouts that all have.
 
     Raises:
         DataError: a missing column, or sources without a layout in common where the task needs one.
@@ -106,19 +114,29 @@ def layouts_of(parts: Sequence[Part], task: str) -> list[Layout]:
 
     columns = [part.columns() for part in parts]
     found = [_layout(part, task, have) for part, have in zip(parts, columns)]
-    if len({layout.kind for layout in found}) == 1:
+    if len({layout.kind for layout in found}) == 1 or get_task(task).mixes:
         return found
     for kind in ("+".join(layout) for layout in get_task(task).layouts):
         try:
             return [_layout(part, task, have, [kind]) for part, have in zip(parts, columns)]
         except DataError:
             continue
-    if get_task(task).mixes:
-        return found
     other = next(i for i, layout in enumerate(found) if layout.kind != found[0].kind)
     problem = f"{parts[other].path} has {found[other].kind} where {parts[0].path} has {found[0].kind}"
     hint = "Sources that are mixed hold the same kind of rows; train on them one after the other, or convert one."
     raise DataError(problem, key=parts[other].key, hint=hint)
+
+
+def left_out(parts: Sequence[Part], layouts: Sequence[Layout], task: str) -> list[str]:
+    """What is said of columns that a source has and the others lack, so that none of it is read."""
+    notes = []
+    for part, layout in zip(parts, layouts) if len(parts) > 1 else ():
+        whole = _layout(part, task, part.columns())
+        lost = [column for role, column in whole.columns.items() if role not in layout.columns]
+        if lost and layout.kind in {other.kind for other in layouts if other is not layout}:
+            named = ", ".join(map(repr, lost))
+            notes.append(f"{part.path.name}: {named} left out, for not all sources have it.")
+    return notes
 
 
 def _layout(part: Part, task: str, have: Sequence[str], only: Sequence[str] | None = None) -> Layout:

@@ -91,7 +91,7 @@ class Reporter(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         for logger in self.loggers:
-            if isinstance(logger, TensorBoardCallback) and state.global_step:
+            if isinstance(logger, TensorBoardCallback) and state.global_step and state.is_world_process_zero:
                 # what an earlier attempt wrote after its last checkpoint is not to be shown twice
                 make: Any = logger._SummaryWriter
                 logger.tb_writer = make(log_dir=logger.logging_dir, purge_step=state.global_step + 1)

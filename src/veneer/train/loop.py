@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.train import initial
+from veneer.train import initial, processes
 from veneer.train.attempt import Attempt, attempt
 from veneer.train.bases import load_base, quiet, safe_pad
 from veneer.train.checks import check_recipe
@@ -37,7 +37,8 @@ def run(
 
     The folder gets `adapter/` (adapter and tokenizer), `log.jsonl`, `result.json`, `recipe.yaml`, and
     `merged/` where `recipe.merge` is set. A run that was cut short goes on from its last whole checkpoint when it is
-    called again with the same recipe and rows, and ends as if nothing had happened.
+    called again with the same recipe and rows, and ends as if nothing had happened. Where a launcher has started
+    several processes they share the batches; all get the result, and the main one writes and prints.
 
     Args:
         callbacks: transformers callbacks; a log line carries tokens_per_second, peak_memory_mb and eta.
@@ -47,12 +48,18 @@ def run(
         RecipeError: (DataError, BaseModelError) before any weight is loaded, wherever that can be told.
     """
     check_recipe(recipe)
-    with attempt(recipe) as now:
-        parts = prepare(recipe, now.checkpoints, warn=True)
-        for note in (*now.notes, *parts.notes):
-            _say(console, note)
-        result = _train(recipe, parts, callbacks, console, now)
-        write_result(result, now.folder)
+    begun, console = processes.begin(), console if processes.is_main() else None
+    try:
+        with attempt(recipe) as now:
+            parts = processes.main_first(lambda: prepare(recipe, now.checkpoints, warn=True))
+            for note in (*now.notes, *parts.notes):
+                _say(console, note)
+            result = _train(recipe, parts, callbacks, console, now)
+            if processes.is_main():
+                write_result(result, now.folder)
+    finally:
+        if begun:
+            processes.end()
     return result
 
 
@@ -83,10 +90,11 @@ def _train(
     else:  # it lies where it was quantised
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer sees to that
     task.check_model(model, plan)
-    before = now.load_before()
+    before = processes.from_main(now.load_before() if processes.is_main() else None)
     if before is None:
         before = _measure(recipe, parts, model, tokenizer, console, "the base model")
-        now.save_before(before)
+        if processes.is_main():
+            now.save_before(before)
     model, collate = _adapt(recipe, parts, model, tokenizer, console)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -97,8 +105,11 @@ def _train(
         seconds = _run(recipe, parts, trainer, now, console)
         after = _measure(recipe, parts, model, tokenizer, console, "the tuned model")
         report(after.metrics)
-    _save_adapter(recipe, model, tokenizer, plan, now.folder)
-    merged = _merge(recipe, model, tokenizer, now.folder, parts, console)
+    merged = False
+    if processes.is_main():
+        _save_adapter(recipe, model, tokenizer, plan, now.folder)
+        merged = _merge(recipe, model, tokenizer, now.folder, parts, console)
+    parts.notes, merged = processes.from_main((parts.notes, merged))
     return _result(recipe, parts, trainer, (before, after), seconds, (trainable, total), merged)
 
 
@@ -184,7 +195,8 @@ def _measure(recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, console: 
     if parts.plan.test is None:
         return Outcome({}, [], [])
     _say(console, f"Measuring {what} on {len(parts.plan.test)} test rows.")
-    return parts.task.evaluate(model, tokenizer, parts.plan, recipe)
+    with processes.sharing():
+        return parts.task.evaluate(model, tokenizer, parts.plan, recipe)
 
 
 def _trainer(
@@ -198,7 +210,7 @@ def _trainer(
 
     return TaskTrainer(
         task=parts.task,
-        measure=lambda: parts.task.evaluate(model, tokenizer, parts.plan, recipe),
+        measure=lambda: _measure(recipe, parts, model, tokenizer, None, ""),
         shown=parts.plan.examples[: recipe.eval.samples],
         optimizer_options=optimizer_options(recipe.train),
         memory=memory_options(recipe.train),

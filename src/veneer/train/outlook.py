@@ -67,7 +67,7 @@ def outlook(recipe: Recipe, speed: Speed | None = None) -> Outlook:
         RecipeError: what would stop the run before its first step.
     """
     from veneer.train.checks import check_recipe
-    from veneer.train.data_warnings import data_warnings
+    from veneer.train.data_warnings import data_warnings, pad_warning
     from veneer.train.prepare import prepare, read_rows
     from veneer.train.progress import memory_in_use_mb
 
@@ -85,7 +85,7 @@ def outlook(recipe: Recipe, speed: Speed | None = None) -> Outlook:
         rows=_rows(recipe, parts),
         estimate=needs,
         examples=[_stream(parts, row) for row in _some(len(parts.plan.train))],
-        warnings=data_warnings(recipe, parts, train, test),
+        warnings=[*data_warnings(recipe, parts, train, test), *pad_warning(parts.tokenizer)],
         notes=parts.notes,
         base=round(memory_in_use_mb() * 2**20),  # every library is loaded by now
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from veneer.train.compressed import ending, opened
 from veneer.train.errors import DataError, nearest
+from veneer.train.named_labels import names_in_schema, with_names
 
 __all__ = ["FORMATS", "head", "read_conll", "read_rows", "rows_with_lines"]
 
@@ -32,6 +33,8 @@ FORMATS = {
 }
 
 Row = dict[str, Any]
+TAB = "\t"
+RECODE = "Save it as UTF-8, for example with `iconv -f latin1 -t utf-8` (or `-f utf-16`)."
 
 
 def rows_with_lines(
@@ -94,7 +97,7 @@ def _text_lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
             except UnicodeDecodeError as error:
-                raise DataError(f"is not UTF-8 text: {error.reason}", file=path, line=number) from None
+                raise DataError(f"is not UTF-8 text: {error.reason}", file=path, line=number, hint=RECODE) from None
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
@@ -127,7 +130,7 @@ def _read_json(path: Path, field: str | None) -> Iterator[tuple[None, Row]]:
         hint = "One object a line is JSONL: set `data.format: jsonl`." if error.msg == "Extra data" else None
         raise DataError(f"not valid JSON: {error.msg}", file=path, line=error.lineno, hint=hint) from None
     except UnicodeDecodeError as error:
-        raise DataError(f"is not UTF-8 text: {error.reason}", file=path) from None
+        raise DataError(f"is not UTF-8 text: {error.reason}", file=path, hint=RECODE) from None
     if field is not None:
         data = _at(data, field, path)
     elif isinstance(data, dict):
@@ -141,7 +144,17 @@ def _read_json(path: Path, field: str | None) -> Iterator[tuple[None, Row]]:
     for number, row in enumerate(data, start=1):
         if not isinstance(row, dict):
             raise DataError(f"row {number}: expected an object, found {type(row).__name__}", file=path)
-        yield None, row
+        for part in _questions(row) if isinstance(row.get("paragraphs"), list) else (row,):
+            yield None, part
+
+
+def _questions(article: Row) -> Iterator[Row]:
+    """A row for each question of an article in SQuAD's own files (Rajpurkar et al. 2016)."""
+    for paragraph in article["paragraphs"]:
+        for asked in paragraph["qas"]:
+            answers = asked.get("answers", [])
+            sides = {key: [answer[key] for answer in answers] for key in ("text", "answer_start")}
+            yield {"question": asked["question"], "context": paragraph["context"], "answers": sides}
 
 
 def _at(data: Any, field: str, path: Path) -> Any:
@@ -157,7 +170,7 @@ def _at(data: Any, field: str, path: Path) -> Any:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
-    delimiter = "\t" if ending(path) == ".tsv" else ","
+    delimiter = _delimiter(path)
     with opened(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)
         names: list[str] | None = None
@@ -165,18 +178,27 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Row]]:
         try:
             for cells in reader:
                 if names is None:
-                    names = cells
+                    names = [name.strip() for name in cells]
                     _check_header(names, path)
                 elif cells:
                     if len(cells) != len(names):
                         problem = f"{len(cells)} values for {len(names)} columns"
-                        raise DataError(problem, file=path, line=start, hint="Quote values with commas in them.")
+                        hint = f"Quote values with {'tabs' if delimiter == TAB else f'`{delimiter}`'} in them."
+                        raise DataError(problem, file=path, line=start, hint=hint)
                     yield start, dict(zip(names, cells))
                 start = reader.line_num + 1
         except csv.Error as error:
             raise DataError(f"not valid CSV: {error}", file=path, line=start) from None
         except UnicodeDecodeError as error:
-            raise DataError(f"is not UTF-8 text: {error.reason}", file=path, line=start) from None
+            raise DataError(f"is not UTF-8 text: {error.reason}", file=path, line=start, hint=RECODE) from None
+
+
+def _delimiter(path: Path) -> str:
+    """A tab in a .tsv; a comma otherwise, or what a first line without commas is parted by."""
+    if ending(path) == ".tsv":
+        return TAB
+    _, first = next(_text_lines(path), (1, ""))
+    return next((other for other in (";", TAB) if "," not in first and other in first), ",")
 
 
 def _check_header(names: list[str], path: Path) -> None:
@@ -198,8 +220,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[None, Row]]:
     import pyarrow.parquet
 
     for batch in _open_parquet(pyarrow.parquet.ParquetFile, path).iter_batches():
+        named = names_in_schema(batch.schema)
         for row in batch.to_pylist():
-            yield None, row
+            yield None, with_names(row, named)
 
 
 def _read_arrow(path: Path) -> Iterator[tuple[None, Row]]:
@@ -215,8 +238,9 @@ def _read_arrow(path: Path) -> Iterator[tuple[None, Row]]:
                 source.seek(0)
                 parts = pyarrow.ipc.open_stream(source)
             for batch in parts:
+                named = names_in_schema(batch.schema)
                 for row in batch.to_pylist():
-                    yield None, row
+                    yield None, with_names(row, named)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"not an Arrow file: {str(error).splitlines()[0]}", file=path) from None
 

@@ -108,6 +108,12 @@ class Recipe(Section):
         """A RecipeError about one of this recipe's values, with its file and line."""
         return self._source.error(path, problem, **more)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        from html import escape
+
+        return f"<pre>{escape(self.dump())}</pre>"
+
     def dump(self) -> str:
         """The recipe as YAML, defaults included: `load_recipe` reads it back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)

@@ -34,7 +34,7 @@ class Sample:
     tuned_ok: bool
 
 
-@dataclass
+@dataclass(repr=False)
 class RunResult:
     """A finished run.
 
@@ -59,6 +59,16 @@ class RunResult:
     merged_dir: str | None
     machine: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        from veneer.train.notebook import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from veneer.train.notebook import as_html
+
+        return as_html(self)
 
 
 def write_result(result: RunResult, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from veneer.train.compressed import ending
 from veneer.train.conditions import check_filter, row_filter
 from veneer.train.errors import DataError, nearest
+from veneer.train.named_labels import label_names, with_names
 from veneer.train.readers import FORMATS, Row, head, rows_with_lines
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ __all__ = ["SHIPPED", "Part", "Place", "conll_columns", "file_format", "find_fil
 
 #: sets that come with the package: name -> path of a split under the package's data folder
 SHIPPED = {"orders": "orders/{split}.jsonl", "tickets-ner": "tickets_ner/{split}.conll"}
+#: what a file's or folder's name begins with, and the split that it says
+SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "validation": "validation",
+          "valid": "validation", "val": "validation", "dev": "validation"}  # fmt: skip
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -69,7 +73,7 @@ def find_files(name: str, split: str) -> tuple[Path, ...]:
     if path.is_file():
         return (path,)
     if path.is_dir():
-        return _in_folder(path)
+        return _of_split(_in_folder(path), path, split)
     siblings = [str(path.parent / item.name) for item in path.parent.iterdir()] if path.parent.is_dir() else []
     hint = f"Paths are read from {Path.cwd()}. The sets that come with veneer are {', '.join(SHIPPED)}."
     raise DataError(f"no such file: {name}", near=nearest(name, [*SHIPPED, *siblings]), hint=hint)
@@ -81,10 +85,35 @@ def _in_folder(folder: Path) -> tuple[Path, ...]:
     files = [p for p in files if not any(part.startswith((".", "_")) for part in p.relative_to(folder).parts)]
     saved = {path.parent for path in folder.rglob("state.json")}
     files = [path for path in files if path.parent not in saved or path.suffix == ".arrow"]
+    files = [path for path in files if path.name != "dataset_dict.json"]
     if not files:
         endings = ", ".join(FORMATS)
         raise DataError("a folder without data files", file=folder, hint=f"Files of rows end in {endings}.")
     return tuple(files)
+
+
+def _of_split(files: tuple[Path, ...], folder: Path, split: str) -> tuple[Path, ...]:
+    """Of a folder's files, those of a split, where their names say (`test.jsonl`, `train-00000.parquet`, `test/...`).
+
+    Files that say nothing are for training.
+    """
+    named = [_named_split(path.relative_to(folder)) for path in files]
+    if split == "train":
+        own = tuple(path for path, name in zip(files, named, strict=True) if name in (None, "train"))
+        return own or files
+    for wanted in dict.fromkeys((split, "test", "validation")):
+        own = tuple(path for path, name in zip(files, named, strict=True) if name == wanted)
+        if own:
+            return own
+    return files
+
+
+def _named_split(path: Path) -> str | None:
+    for part in path.parts:
+        word = re.split(r"[-_.]", part.lower())[0]
+        if word in SPLITS:
+            return SPLITS[word]
+    return None
 
 
 def file_format(spec: DataSpec, path: Path) -> str:
@@ -126,6 +155,12 @@ class Part:
     def path(self) -> Path:
         """The file or folder it was given as."""
         return self.files[0] if len(self.files) == 1 else Path(self.source.path)
+
+    @property
+    def apart(self) -> tuple[Path, ...]:
+        """The files of its folder that are another split's, by their names."""
+        folder = Path(self.source.path).expanduser()
+        return tuple(path for path in _in_folder(folder) if path not in self.files) if folder.is_dir() else ()
 
     def columns(self) -> list[str]:
         """The names of the columns, from the head of the first file. Raises DataError."""
@@ -180,7 +215,10 @@ class Part:
         try:
             splits = datasets.get_dataset_split_names(self.source.path, config_name=where["name"],
                                                       revision=where["revision"])  # fmt: skip
-            return datasets.load_dataset(self.source.path, split=self._hub_split(splits), streaming=streaming, **where)
+            split = self._hub_split(splits)
+            rows = datasets.load_dataset(self.source.path, split=split, streaming=streaming, **where)
+            named = label_names(rows.features.to_dict()) if rows.features else {}
+            return (with_names(row, named) for row in rows) if named else rows
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             hint = f"Give a file, a folder, a data set on the hub or one of {', '.join(SHIPPED)}."

@@ -18,14 +18,18 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from transformers.utils import ModelOutput
 
 from veneer import schedule
 from veneer.files import write_json
 from veneer.model import PeftModel
+from veneer.train import processes
 from veneer.train.checkpoints import WRITE_ERRORS, Changes, Progress, cannot_write, seal
+from veneer.train.collate import batches
 from veneer.train.custom_loss import CustomLoss, without_loss
+from veneer.train.encode import IGNORE
+from veneer.train.generate import evaluating
 from veneer.train.loggers import check_loggers
 from veneer.train.memory import MemoryOptions, check_memory, offloaded, step_in_backward, without_memory
 from veneer.train.optimizer import OptimizerOptions, make_optimizer, without_optimizer
@@ -62,6 +66,11 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
     options = {**DEFAULTS, **task_class(recipe.task).train_defaults, **given}
     options.setdefault("dataloader_pin_memory", torch.cuda.is_available() and not options.get("use_cpu", False))
     options.setdefault("run_name", Path(recipe.out).name)
+    processes.check_launch(recipe)
+    if processes.several() > 1:
+        options.setdefault("use_cpu", not torch.accelerator.is_available())
+        if recipe.data.streaming:  # each process reads the stream and takes its rows: batches differ in length
+            options.setdefault("accelerator_config", {"dispatch_batches": False})
     owned: dict[str, Any] = {
         "output_dir": folder,
         "seed": recipe.seed,
@@ -80,7 +89,7 @@ def training_arguments(recipe: Recipe, folder: str) -> TrainingArguments:
 
 def log_every(args: TrainingArguments, rows: int) -> int:
     """Steps between two log lines: each step of a short run, a hundredth of a long one."""
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / batch) * args.num_train_epochs
     return max(1, int(steps // 100))
 
@@ -104,6 +113,8 @@ class _Resumed(TrainerCallback):
         if earlier.step:
             self.trainer._tr_loss += earlier.loss
             self.trainer._globalstep_last_logged = earlier.logged
+        elif args.process_index:  # what dropout draws is not to be alike in all of them
+            torch.manual_seed(args.seed + args.process_index)
 
 
 class TaskTrainer(Trainer):
@@ -143,14 +154,17 @@ class TaskTrainer(Trainer):
         self._began = 0.0
         #: where an earlier attempt had come to
         self.earlier = Progress()
+        self._earlier_tokens = 0
         self.changes = Changes(self.accelerator.unwrap_model(self.model))
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on so far, padding left out."""
-        return int(self._tokens)
+        """Tokens trained on so far, padding left out, by all processes (which must all ask)."""
+        with processes.sharing():
+            [total] = processes.summed(int(self._tokens))
+        return int(total)
 
     def compute_loss(
         self,
@@ -169,33 +183,52 @@ class TaskTrainer(Trainer):
         if isinstance(items, int):
             items = torch.tensor(items, device=inputs["input_ids"].device)
         with offloaded(self.memory.activation_offload and model.training):
-            if self.custom_loss is not None:
-                scores = ModelOutput(logits=self.task.logits(model, inputs))
-                loss = self.custom_loss(scores, inputs["labels"], num_items_in_batch=items)
-            elif self.label_smoother is None:
-                loss = self.task.loss(model, inputs, items)
-            else:
-                logits = {"logits": self.task.logits(model, inputs)}
-                loss = self.label_smoother(logits, inputs["labels"], self.task.predicts_next, num_items_in_batch=items)
+            loss = self._loss(model, inputs, items)
         if self.args.average_tokens_across_devices and items is not None:
             loss = loss * self.accelerator.num_processes
         if model.training:  # a step is the sum of its batches' losses
             loss = loss + self._penalty(model) / self.args.gradient_accumulation_steps
         return (loss, {"loss": loss}) if return_outputs else loss
 
+    def _loss(self, model: torch.nn.Module, inputs: dict[str, Any], items: torch.Tensor | None) -> Any:
+        if self.custom_loss is not None:
+            scores = ModelOutput(logits=self.task.logits(model, inputs))
+            return self.custom_loss(scores, inputs["labels"], num_items_in_batch=items)
+        if self.label_smoother is None:
+            return self.task.loss(model, inputs, items)
+        logits = {"logits": self.task.logits(model, inputs)}
+        return self.label_smoother(logits, inputs["labels"], self.task.predicts_next, num_items_in_batch=items)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         counted = [self.task.items(batch) for batch in batch_samples]
         return super()._get_num_items_in_batch([{"labels": item, "shift_labels": item} for item in counted], device)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's loop for the loss, and the task's own scores beside it."""
-        out = super().evaluation_loop(*args, **kwargs)
-        if self.measure is not None and out.metrics is not None:
+        """The test rows' loss, and the task's own scores beside it."""
+        rows: Any = self.eval_dataset
+        metrics = {"eval_loss": self._test_loss(rows)}
+        if self.measure is not None:
             found = self.measure()
             self._log_answers(found)
-            scores = {f"eval_{name}": value for name, value in found.metrics.items()}
-            out.metrics.update({name: value for name, value in scores.items() if name not in out.metrics})
-        return out
+            metrics = {f"eval_{name}": value for name, value in found.metrics.items()} | metrics
+        return EvalLoopOutput(None, None, metrics, len(rows))  # type: ignore[arg-type]
+
+    def _test_loss(self, rows: Any) -> float:
+        """The mean over all labels, however they fall into batches; each row is read by one process."""
+        model, size, device = self.accelerator.unwrap_model(self.model), self.args.eval_batch_size, self.args.device
+        total, count = 0.0, 0.0
+        averaged = getattr(self.optimizer, "eval", None)  # a schedule-free optimizer has weights for it
+        if averaged is not None:
+            averaged()
+        with evaluating(model), processes.sharing():
+            for _, batch in batches(rows, self.data_collator, size, device):
+                items = (self.task.items(batch) != IGNORE).sum()
+                if items:
+                    with self.compute_loss_context_manager():
+                        total += float(self._loss(model, batch, items)) * int(items)
+                    count += int(items)
+            total, count = processes.summed(total, count)
+        return total / max(count, 1)
 
     def _log_answers(self, found: Outcome) -> None:
         """Into the history alone: a logger draws numbers."""
@@ -235,14 +268,14 @@ class TaskTrainer(Trainer):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or "length" not in getattr(rows, "column_names", ()):
             return super()._get_train_sampler(train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthBatches(rows["length"], batch, self.args.seed)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add this machine's numbers to a training log line."""
         if "loss" in logs and self._began:
             now, tokens = time.monotonic(), self.tokens
-            before, when = self._marks if self._marks[1] else (self.earlier.tokens, self._began)
+            before, when = self._marks if self._marks[1] else (self._earlier_tokens, self._began)
             done, left = self.state.global_step - self.earlier.step, self.state.max_steps - self.state.global_step
             logs["tokens_per_second"] = (tokens - before) / max(now - when, 1e-9)
             logs["peak_memory_mb"] = peak_memory_mb(self.args.device)
@@ -268,9 +301,10 @@ class TaskTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+            self._progress().write(folder, self.args.process_index)
+            processes.wait()
             if self.args.should_save:
                 self.changes.save(self.accelerator.unwrap_model(self.model), folder)
-                self._progress().write(folder)
                 if self.stream is not None:
                     write_json(str(folder / FILE), self.stream.mark(self._features(self.state.global_step))._asdict())
                 seal(folder)
@@ -284,7 +318,9 @@ class TaskTrainer(Trainer):
     def _progress(self) -> Progress:
         seconds = self.earlier.seconds + (time.monotonic() - self._began if self._began else 0.0)
         loss, logged = float(self._tr_loss), self._globalstep_last_logged
-        return Progress(self.state.global_step, self.tokens, seconds, loss, logged, self.control.should_training_stop)
+        return Progress(
+            self.state.global_step, int(self._tokens), seconds, loss, logged, self.control.should_training_stop
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         inner = self.accelerator.unwrap_model(self.model if model is None else model)
@@ -293,8 +329,9 @@ class TaskTrainer(Trainer):
             inner.load_adapter(resume_from_checkpoint, inner.active_adapter, is_trainable=True)
         elif inner.prompt_configs is None and (folder / schedule.FILE).is_file():
             schedule.load(inner.base_model, inner.active_adapter, str(folder / schedule.FILE))
-        self.earlier = Progress.read(folder)
+        self.earlier = Progress.read(folder, self.args.process_index)
         self._tokens = self.earlier.tokens
+        self._earlier_tokens = self.tokens
         if self.stream is not None:
             mark = Mark(**json.loads((folder / FILE).read_text(encoding="utf-8")))
             self.stream.resume(self._features(self.earlier.step), mark)

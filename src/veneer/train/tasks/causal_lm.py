@@ -15,6 +15,7 @@ from veneer.train.batched import in_batches
 from veneer.train.causal_rows import check_messages, encode_rows, example
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE, Encoded
+from veneer.train.processes import summed
 from veneer.train.tasks.base import Outcome, Plan, Task, prompt_problem, text_problem, token_limit
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class CausalLM(Task):
     predicts_next: ClassVar[bool] = True
     new_head: ClassVar[bool] = False
     mixes: ClassVar[bool] = True
+    aliases: ClassVar[dict[str, tuple[str, ...]]] = {"messages": ("conversations", "conversation")}
     writes: ClassVar[bool] = True
     asks: ClassVar[tuple[tuple[str, ...], ...]] = (("messages",), ("prompt",), ("text",))
     Options: ClassVar[type] = CausalLMOptions
@@ -193,11 +195,12 @@ class CausalLM(Task):
 
         assert plan.test is not None
         device = next(model.parameters()).device
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with evaluating(model):
             for _, batch in batches(plan.test, Collator(tokenizer.pad_token_id), batch_size, device):
                 total += float(self.loss(model, batch, torch.tensor(1.0, device=device)))
                 count += int((batch["labels"][:, 1:] != IGNORE).sum())
+        total, count = summed(total, count)
         return total / count
 
 

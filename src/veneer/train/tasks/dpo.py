@@ -9,6 +9,7 @@ from veneer.train import pairs
 from veneer.train.asking import asking_of
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE
+from veneer.train.processes import merged, summed
 from veneer.train.tasks.base import Outcome, Plan, Task, prompt_problem, token_limit
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class DPO(Task):
     task_type: ClassVar[str | None] = "CAUSAL_LM"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = pairs.LAYOUTS
+    mixes: ClassVar[bool] = True
     aliases: ClassVar[dict[str, tuple[str, ...]]] = pairs.ALIASES
     pipeline: ClassVar[str] = "text-generation"
     train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5, "per_device_train_batch_size": 4}
@@ -151,7 +153,7 @@ class DPO(Task):
 
         assert plan.test is not None
         device = next(model.parameters()).device
-        gaps = [0.0] * len(plan.test)
+        gaps: list[float | None] = [None] * len(plan.test)
         total = 0.0
         with evaluating(model):
             for part, batch in batches(plan.test, self.collator(tokenizer), recipe.eval.batch_size, device):
@@ -161,7 +163,7 @@ class DPO(Task):
                 total += float(self._preference(gap).sum())
                 for number, value in zip(part, gap.tolist(), strict=True):
                     gaps[number] = self.options.beta * value
-        return preferences(plan, gaps, total)
+        return preferences(plan, merged(gaps), *summed(total))
 
 
 def preferences(plan: Plan, gaps: list[float], total: float) -> Outcome:

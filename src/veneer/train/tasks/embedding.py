@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from veneer.train import label_scores
 from veneer.train.data import Layout, Table
+from veneer.train.processes import merged
 from veneer.train.tasks.base import Outcome, Plan, Task, predict_logits, text_problem, token_limit
 from veneer.train.tokens import encode_texts
 
@@ -173,7 +174,7 @@ class Embedding(Task):
                 vectors = self.embed(model, batch).unflatten(0, (len(part), -1)).cpu()
                 for number, row in zip(part, vectors, strict=True):
                     rows[number] = row
-        vectors = torch.stack(rows)
+        vectors = torch.stack(merged(rows))
         wanted = torch.tensor(plan.test["labels"][:])
         if wanted.is_floating_point():
             found = (vectors[:, 0] * vectors[:, 1]).sum(-1)

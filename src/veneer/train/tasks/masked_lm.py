@@ -11,6 +11,7 @@ from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE, framing
 from veneer.train.errors import DataError
+from veneer.train.processes import merged, summed
 from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_limit
 
 if TYPE_CHECKING:
@@ -121,8 +122,8 @@ class MaskedLM(Task):
 
         assert plan.test is not None
         device = next(model.parameters()).device
-        guesses: list[list[int]] = [[] for _ in range(len(plan.test))]
-        total, hits, count = 0.0, 0, 0
+        guesses: list[Any] = [None] * len(plan.test)
+        total, hits, count = 0.0, 0.0, 0.0
         with evaluating(model):
             for part, batch in batches(plan.test, self.collator(tokenizer), recipe.eval.batch_size, device):
                 logits, targets = labelled_logits(model, batch, shifted=False)
@@ -132,6 +133,7 @@ class MaskedLM(Task):
                 sizes = (batch["labels"] != IGNORE).sum(1).tolist()
                 for number, row in zip(part, best.split(sizes), strict=True):
                     guesses[number] = row.tolist()
+        guesses, [total, hits, count] = merged(guesses), summed(total, hits, count)
         loss = total / count
         scores = {"accuracy": hits / count, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
         texts = [tokenizer.decode(row) for row in guesses]

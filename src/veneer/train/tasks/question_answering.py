@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
+from veneer.train.processes import merged, summed
 from veneer.train.qa_spans import Span, Window, answer_list, best_span, span_scores, windows_of
 from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_limit
 
@@ -141,6 +142,7 @@ class QuestionAnswering(Task):
                     total += float(self.loss(model, batch, torch.ones((), device=device)))
                 for number, *sides in zip(part, start.tolist(), end.tolist(), strict=True):
                     scores[number] = sides
+        scores, [total] = merged(scores), summed(total)
         of_row: list[list[int]] = [[] for _ in contexts]
         for number, window in enumerate(windows):
             of_row[window.row].append(number)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.train import pairs
 from veneer.train.data import Layout, Table
+from veneer.train.processes import merged, summed
 from veneer.train.tasks.base import Outcome, Plan, Task, token_limit
 from veneer.train.tasks.dpo import preferences
 
@@ -42,6 +43,7 @@ class Reward(Task):
     task_type: ClassVar[str | None] = "SEQ_CLS"
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     layouts: ClassVar[tuple[tuple[str, ...], ...]] = pairs.LAYOUTS
+    mixes: ClassVar[bool] = True
     aliases: ClassVar[dict[str, tuple[str, ...]]] = pairs.ALIASES | {"chosen": ("answer", "completion", "messages")}
     pipeline: ClassVar[str] = "text-classification"
     train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 1e-4, "per_device_train_batch_size": 8}
@@ -103,14 +105,15 @@ class Reward(Task):
 
         assert plan.test is not None
         device = next(model.parameters()).device
-        gaps, total = [0.0] * len(plan.test), 0.0
+        gaps: list[float | None] = [None] * len(plan.test)
+        total = 0.0
         with evaluating(model):
             for part, batch in batches(plan.test, self.collator(tokenizer), recipe.eval.batch_size, device):
                 scores = self.scores(model, batch)
                 total += float(self._losses(scores).sum())
                 for number, gap in zip(part, (scores[::2] - scores[1::2]).tolist(), strict=True):
                     gaps[number] = gap
-        return preferences(plan, gaps, total)
+        return preferences(plan, merged(gaps), *summed(total))
 
     def check_ask(self, layout: Layout, row: dict[str, Any]) -> str:
         """What is wrong with an answer that is to be scored, or an empty string."""
@@ -160,7 +163,13 @@ def encode_answers(table: Table, side: str, tokenizer: Any) -> dict[str, list[An
     rows = table.dataset.to_list()
     if pairs.are_messages(rows[0][side]) or pairs.are_messages(rows[0].get("prompt")):
         return {"input_ids": [row.input_ids for row in pairs.encode_side(table, rows, side, tokenizer)]}
-    texts = [[row["prompt"] for row in rows]] if "prompt" in rows[0] else []
-    out = tokenizer(*texts, [row[side] for row in rows], return_attention_mask=False, verbose=False)
-    names = [name for name in ("input_ids", "token_type_ids") if name in out]
-    return {name: out[name] for name in names}
+    found: dict[str, list[Any]] = {}
+    for asked in (True, False):  # where sources are mixed some rows may have no prompt
+        part = [number for number, row in enumerate(rows) if (row.get("prompt") is not None) == asked]
+        if part:
+            texts = [[rows[number]["prompt"] for number in part]] if asked else []
+            out = tokenizer(*texts, [rows[number][side] for number in part], return_attention_mask=False, verbose=False)
+            for name in out.keys() & {"input_ids", "token_type_ids"}:
+                for number, values in zip(part, out[name], strict=True):
+                    found.setdefault(name, [None] * len(rows))[number] = values
+    return found

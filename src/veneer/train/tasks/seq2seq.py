@@ -9,6 +9,7 @@ from veneer.train import text_scores
 from veneer.train.batched import in_batches
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE
+from veneer.train.processes import summed
 from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_limit
 
 if TYPE_CHECKING:
@@ -105,11 +106,12 @@ class Seq2Seq(Task):
 
         assert plan.test is not None
         device = next(model.parameters()).device
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with evaluating(model):
             for _, batch in batches(plan.test, self.collator(tokenizer), recipe.eval.batch_size, device):
                 total += float(self.loss(model, batch, torch.tensor(1.0, device=device)))
                 count += int((batch["labels"] != IGNORE).sum())
+        total, count = summed(total, count)
         if not plan.examples:
             return Outcome({"loss": total / count}, [], [])
         longest = max(len(row) for row in plan.test["labels"][:])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from veneer.train import label_scores
+from veneer.train.class_weights import Asked, label_weights
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE
 from veneer.train.errors import DataError, nearest
+from veneer.train.processes import merged, summed
 from veneer.train.tasks.base import Outcome, Plan, Task, predict_logits, text_problem, token_limit
 
 if TYPE_CHECKING:
@@ -29,21 +31,22 @@ SINGLE, MULTI, NUMBER = "single_label_classification", "multi_label_classificati
 class SeqClsOptions:
     """problem_type: what a label is; None reads it off the rows (a list: several, a number with a point: a
     number). separator: what parts several labels in one text. threshold: from which probability one of several
-    labels is given. class_weights: `balanced` weighs a row by how rare its label is, or weights by label.
+    labels is given. class_weights: `balanced` weighs a row by how rare its label is, or weights by label; of
+    several labels a row, each label's rows with it (a `pos_weight`).
     """
 
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"] | None = None
     separator: str | None = None
     threshold: float = 0.5
-    class_weights: Literal["balanced"] | dict[str, float] | None = None
+    class_weights: Asked = None
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ValueError(f"threshold must lie between 0 and 1, got {self.threshold}")
         if self.separator is not None and self.problem_type not in (None, MULTI):
             raise ValueError(f"separator parts several labels, and problem_type is {self.problem_type}")
-        if self.class_weights is not None and self.problem_type in (MULTI, NUMBER):
-            raise ValueError(f"class_weights are for one label a row, and problem_type is {self.problem_type}")
+        if self.class_weights is not None and self.problem_type == NUMBER:
+            raise ValueError("class_weights are for labels, and problem_type is regression")
 
 
 class SeqCls(Task):
@@ -68,12 +71,14 @@ class SeqCls(Task):
         """What is wrong with a row, or an empty string."""
         value, column = row["label"], layout.columns["label"]
         if isinstance(value, list):
+            if len(set(map(str, value))) < len(value) and all(item in (0, 1) for item in value):
+                return f"{column!r} is {value}: list the labels that a row has, not a 0 or 1 for each"
             odd = next((item for item in value if not isinstance(item, str | int)), None)
             if odd is not None:
                 return f"{column!r} holds {odd!r}, expected labels in text or whole numbers"
         elif isinstance(value, float) and not math.isfinite(value):
             return f"{column!r} is {value}, expected a finite number"
-        elif not isinstance(value, str | int | float) or (isinstance(value, str) and not value.strip()):
+        elif not isinstance(value, str | int | float):
             return f"{column!r} is {value!r}, expected a label, a list of labels or a number"
         return text_problem(layout, row, "text", "text_pair")
 
@@ -83,14 +88,26 @@ class SeqCls(Task):
         if kind != SINGLE and recipe.train.get("label_smoothing_factor"):
             problem = f"smooths one label a row, and the rows' problem_type is {kind}"
             raise recipe.error("train", "label_smoothing_factor", problem=problem, hint="Leave it out.")
+        if kind == NUMBER and self.options.class_weights is not None:
+            hint = "Leave it out, or set `options.problem_type`."
+            raise recipe.error("options", "class_weights", problem="the rows' labels are numbers to learn", hint=hint)
         limit = token_limit(recipe, tokenizer, config)
-        names = None if kind == NUMBER else _label_names(self._labels(train, kind), config)
-        weights = self._weights(recipe, self._labels(train, kind), names) if kind == SINGLE else {}
+        labels = self._labels(train, kind)
+        names = None if kind == NUMBER else _label_names(labels, config)
+        weights: dict[str, float] = {}
+        if names is not None:
+            several = kind == MULTI
+            flat = [name for label in labels for name in label] if several else labels
+            weights = label_weights(recipe, self.options.class_weights, flat, names, len(train) if several else None)
         dataset, cut = self._encode(train, kind, names, tokenizer, limit, weights)
         size = {"num_labels": 1} if names is None else {}
         plan = Plan(train=dataset, label_names=names, model_options={"problem_type": kind, **size})
         if cut:
             plan.notes.append(f"{cut} of {len(train)} training rows are cut to {limit} tokens.")
+        plan.notes += _look_alike(names or ())
+        if kind == NUMBER and isinstance(train.dataset[0]["label"], str) and self.options.problem_type is None:
+            plan.notes.append("The labels are decimal numbers, learned as such; see `options.problem_type`.")
+        plan.facts["pair"] = "text_pair" in train.layout.columns
         return plan
 
     def more_rows(self, plan: Plan, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Any:
@@ -100,11 +117,16 @@ class SeqCls(Task):
             plan.label_names,
             token_limit(recipe, tokenizer, config),
         )
-        weights = self._weights(recipe, [], names) if kind == SINGLE else {}
+        weights = {} if names is None else label_weights(recipe, self.options.class_weights, [], names)
         return self._encode(train, kind, names, tokenizer, limit, weights)[0]
 
     def plan_test(self, plan: Plan, recipe: Recipe, test: Table, tokenizer: Any, config: Any) -> None:
         """Tokens and labels of the test rows."""
+        pair = "text_pair" in test.layout.columns
+        if plan.facts.get("pair", pair) != pair:
+            has, other = ("no second text", "have one") if not pair else ("a second text", "have none")
+            hint = "Give both the same columns; `data.columns` says which they are."
+            raise DataError(f"the test rows have {has}, and the training rows {other}", file=test.path, hint=hint)
         limit, kind, names = (
             token_limit(recipe, tokenizer, config),
             plan.model_options["problem_type"],
@@ -123,7 +145,8 @@ class SeqCls(Task):
         labels = batch["labels"]
         logits = self.logits(model, batch)
         if labels.dim() == 2:
-            each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").flatten()
+            each = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+            each = (each * batch["weight"] if "weight" in batch else each).flatten()
         elif labels.is_floating_point():
             each = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype), reduction="none")
         else:
@@ -151,7 +174,7 @@ class SeqCls(Task):
                 total += float(self.loss(model, batch, torch.ones((), device=device)))
                 for number, row in zip(part, self.logits(model, batch).float().tolist(), strict=True):
                     rows[number] = row
-        logits = torch.tensor(rows)
+        logits, [total] = torch.tensor(merged(rows)), summed(total)
         wanted = plan.test["labels"][:]
         scores, found = self._score(plan, torch.tensor(wanted), logits)
         items = logits.numel() if plan.model_options["problem_type"] == MULTI else len(rows)
@@ -201,6 +224,8 @@ class SeqCls(Task):
             return self.options.problem_type
         if self.options.separator is not None or isinstance(labels[0], list):
             return MULTI
+        if isinstance(labels[0], str) and _are_decimals(labels):  # in a CSV file every value is text
+            return NUMBER
         return NUMBER if isinstance(labels[0], float) else SINGLE
 
     def _labels(self, table: Table, kind: str) -> list[Any]:
@@ -218,21 +243,12 @@ class SeqCls(Task):
             elif isinstance(value, list):
                 hint = "Set `options.problem_type: multi_label_classification`."
                 raise table.error(row, f"several labels, {value!r}, where others have one", hint)
+            elif not _name(value):  # of several labels in a text it is none
+                name = table.layout.columns["label"]
+                raise table.error(row, f"{name!r} is {value!r}, expected a label, a list of labels or a number")
             else:
                 out.append(_name(value))
         return out
-
-    def _weights(self, recipe: Recipe, labels: Sequence[str], names: Sequence[str] | None) -> dict[str, float]:
-        asked = self.options.class_weights
-        if asked == "balanced":
-            counts = Counter(labels)
-            return {name: len(labels) / (len(counts) * count) for name, count in counts.items()}
-        for name in asked or {}:
-            if name not in (names or ()):
-                near, hint = nearest(name, names or ()), f"The labels are {', '.join(names or ())}."
-                problem = f"no row has the label {name!r}"
-                raise recipe.error("options", "class_weights", problem=problem, near=near, hint=hint)
-        return {} if asked is None else {name: float(asked.get(name, 1.0)) for name in names or ()}
 
     def _encode(
         self,
@@ -258,8 +274,22 @@ class SeqCls(Task):
             one = lambda label: [float(name in label) for name in names] if kind == MULTI else index[label]
             columns["labels"] = [one(label) for label in labels]
         if weights:
-            columns["weight"] = [weights[label] for label in labels]
+            # of several labels, those that a row has; what it has not counts as ever
+            weigh = lambda label: [weights[n] if n in label else 1.0 for n in names or ()]
+            columns["weight"] = [weigh(label) if kind == MULTI else weights[label] for label in labels]
         return datasets.Dataset.from_dict(columns), sum(cut)
+
+
+def _are_decimals(labels: Sequence[Any]) -> bool:
+    """Whether all labels are numbers in text, not all of them whole ones."""
+    return any("." in label for label in labels) and all(re.fullmatch(r"\s*[-+]?\d+(\.\d+)?\s*", x) for x in labels)
+
+
+def _look_alike(names: Sequence[str]) -> list[str]:
+    """What is said of labels that differ in case alone."""
+    first: dict[str, str] = {}
+    same = [(first[name.lower()], name) for name in names if first.setdefault(name.lower(), name) != name]
+    return [f"The labels {a!r} and {b!r} differ in case alone, and are learned as two." for a, b in same]
 
 
 def _texts(table: Table) -> list[tuple[str, ...]]:

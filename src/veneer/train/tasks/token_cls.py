@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.train import metrics
 from veneer.train.batched import in_batches
+from veneer.train.class_weights import Asked, label_weights
 from veneer.train.data import Layout, Table
 from veneer.train.encode import IGNORE
 from veneer.train.entities import spans, tag_words, words_of
 from veneer.train.errors import nearest
+from veneer.train.processes import merged
 from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_limit
 
 if TYPE_CHECKING:
@@ -21,6 +24,13 @@ if TYPE_CHECKING:
     from veneer.train.use import Loaded
 
 __all__ = ["TokenCls", "align"]
+
+
+@dataclass
+class TokenClsOptions:
+    """class_weights: `balanced` weighs a label by how rare it is, or weights by label."""
+
+    class_weights: Asked = None
 
 
 class TokenCls(Task):
@@ -36,6 +46,7 @@ class TokenCls(Task):
     whole_words: ClassVar[bool] = True
     asks: ClassVar[tuple[tuple[str, ...], ...]] = (("tokens",), ("text",))
     named_labels: ClassVar[bool] = True
+    Options: ClassVar[type] = TokenClsOptions
 
     def check_row(self, layout: Layout, row: dict[str, Any]) -> str:
         """What is wrong with a row, or an empty string."""
@@ -56,7 +67,10 @@ class TokenCls(Task):
         names = _label_names(train, config)
         limit = token_limit(recipe, tokenizer, config)
         everywhere = recipe.data.label_all_subwords
-        dataset, _, cut = _encode(train, names, tokenizer, limit, everywhere)
+        asked = self.options.class_weights
+        found = (label for row in train.dataset["labels"] for label in row)
+        weights = {} if asked is None else label_weights(recipe, asked, found, names)
+        dataset, _, cut = _encode(train, names, tokenizer, limit, everywhere, weights)
         plan = Plan(train=dataset, label_names=names)
         if cut:
             plan.notes.append(f"{cut} of {len(train)} training rows are cut to {limit} tokens.")
@@ -66,7 +80,8 @@ class TokenCls(Task):
         """Tokens and labels under the plan's label names."""
         assert plan.label_names is not None
         limit, everywhere = token_limit(recipe, tokenizer, config), recipe.data.label_all_subwords
-        return _encode(train, plan.label_names, tokenizer, limit, everywhere)[0]
+        weights = label_weights(recipe, self.options.class_weights, [], plan.label_names)
+        return _encode(train, plan.label_names, tokenizer, limit, everywhere, weights)[0]
 
     def plan_test(self, plan: Plan, recipe: Recipe, test: Table, tokenizer: Any, config: Any) -> None:
         """Tokens and labels of the test rows, and where each word begins."""
@@ -82,10 +97,21 @@ class TokenCls(Task):
             metrics.need_seqeval()
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor], items: torch.Tensor | None) -> torch.Tensor:
-        """The model's own loss over the labelled sub-words."""
+        """The model's own loss over the labelled sub-words; each by its label's weight where there are any."""
+        from torch.nn.functional import cross_entropy
+
         from veneer.train.loss import own_loss
 
-        return own_loss(model, batch, items, shifted=False)
+        if "weights" not in batch:
+            return own_loss(model, batch, items, shifted=False)
+        weights, labels = batch["weights"].flatten(), batch["labels"].flatten()
+        logits = self.logits(model, batch).flatten(0, 1).float()
+        each = cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE) * weights
+        return each.sum() / ((labels != IGNORE).sum() if items is None else items)
+
+    def logits(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The scores of every sub-word's labels, (rows, length, labels)."""
+        return super().logits(model, {key: value for key, value in batch.items() if key != "weights"})
 
     def evaluate(self, model: torch.nn.Module, tokenizer: Any, plan: Plan, recipe: Recipe) -> Outcome:
         """The most likely label of each word's first sub-word, scored by entity (or by word)."""
@@ -179,7 +205,12 @@ def align(
 
 
 def _encode(
-    table: Table, names: Sequence[str], tokenizer: Any, limit: int, everywhere: bool
+    table: Table,
+    names: Sequence[str],
+    tokenizer: Any,
+    limit: int,
+    everywhere: bool,
+    weights: dict[str, float] | None = None,
 ) -> tuple[Any, list[list[tuple[int, int]]], int]:
     import datasets
 
@@ -207,6 +238,9 @@ def _encode(
         columns["input_ids"].append(ids)
         columns["labels"].append(spread)
         columns["length"].append(len(spread))
+        if weights:
+            found = [0.0 if label == IGNORE else weights[names[label]] for label in spread]
+            columns.setdefault("weights", []).append(found)
     return datasets.Dataset.from_dict(columns), places, cut
 
 
@@ -225,7 +259,7 @@ def _best_labels(model: Any, tokenizer: Any, plan: Plan, batch_size: int) -> lis
 
     assert plan.test is not None
     device = next(model.parameters()).device
-    best: list[list[int]] = [[] for _ in range(len(plan.test))]
+    best: list[list[int] | None] = [None] * len(plan.test)
     with evaluating(model):
         for part, batch in batches(plan.test, Collator(tokenizer.pad_token_id), batch_size, device):
             batch.pop("labels")
@@ -233,4 +267,4 @@ def _best_labels(model: Any, tokenizer: Any, plan: Plan, batch_size: int) -> lis
             logits = logits[:, -batch["input_ids"].shape[1] :]  # virtual tokens come first and have no word
             for number, row in zip(part, logits.argmax(-1).tolist(), strict=True):
                 best[number] = row
-    return best
+    return merged(best)
