@@ -161,6 +161,7 @@ def test_merge_that_changes_the_output_is_not_kept(
     trained: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("veneer.cli.merge.TOLERANCE", {"float32": -1.0})
+    monkeypatch.setattr("veneer.export.merging.ROUNDING", -1.0)
     result = CliRunner().invoke(app, ["merge", str(trained[0]), "--out", str(tmp_path / "bad")])
     assert result.exit_code == 2
     assert "differ" in result.output
