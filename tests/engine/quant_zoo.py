@@ -127,7 +127,8 @@ NO_MERGE = ("gptq", "aqlm")
 def needs(library: str) -> None:
     parent = library.partition(".")[0]
     if importlib.util.find_spec(parent) is None or importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed: pip install veneer[quant]")
+        extra = {"gptqmodel": "gptqmodel", "compressed_tensors": "compressed-tensors"}
+        pytest.skip(f"{library} is not installed: pip install {extra.get(library, 'veneer[quant]')}")
 
 
 def make(kind: str, inp: int = WIDTH, out: int = OUT, dtype: torch.dtype = torch.float32, bias: bool = True) -> Any:
