@@ -26,6 +26,9 @@ from .tying import tied_with_embedding
 from .view import attribute
 from .walk import walk
 
+#: methods that peft's tuners have and nothing here calls: compat/on_tuners.py
+PEFT_ONLY = ("_get_kasa_loss", "_get_monteclora_loss", "get_nb_savable_parameters", "print_savable_parameters")
+
 
 class Tuner(nn.Module):
     """`model`: the base, changed in place. `peft_config`: adapter name -> config. `host`: what is active.
@@ -70,6 +73,10 @@ class Tuner(nn.Module):
         except AttributeError:
             if name == "model" or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
+            if name in PEFT_ONLY:
+                from .compat import on_tuners
+
+                return partial(getattr(on_tuners, name.lstrip("_")), self)
             return getattr(self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -102,10 +109,10 @@ class Tuner(nn.Module):
 
     def extra_loss(self) -> Tensor | float:
         """What the active adapters' methods add to a training loss; 0.0 where none does or the model is in eval."""
-        return self._losses(self.host.active if self.training and self.host.enabled else ())
+        return self.losses_of(self.host.active if self.training and self.host.enabled else ())
 
-    def _losses(self, names: Iterable[str], only: str | None = None) -> Any:
-        """The sum of what these adapters' methods, or one method alone, add to a loss."""
+    def losses_of(self, names: Iterable[str], only: str | None = None) -> Any:
+        """The sum of what these adapters' methods, or the one method named, add to a loss; 0.0 where none does."""
         total: Any = 0.0
         for name in names:
             method = registry.method_of(self.peft_config[name])
@@ -113,37 +120,6 @@ class Tuner(nn.Module):
                 part = method.extra_loss([m.view(name) for _, m in self.adapted_layers() if name in m.entries])
                 total = total if part is None else total + part
         return total
-
-    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
-        """KaSA's penalties by the name under which trainers written for peft add them; of the active adapters, unless
-        others are named."""
-        return self._losses(self._named(adapter_names), "KASA")
-
-    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> Any:
-        """MonteCLoRA's divergences, likewise; 0.0 outside training."""
-        return self._losses(self._named(adapter_names) if self.training else (), "MONTECLORA")
-
-    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
-        """How many numbers an adapter's file holds: its method's own (integers as the share of a float32 that they
-        take), and the others (biases, modules saved whole)."""
-        from .state import collect
-
-        prefix, own, others = registry.method_of(self.peft_config[adapter]).prefix, 0.0, 0
-        for key, t in collect(self, adapter).items():
-            if prefix in key:
-                own += t.numel() if t.is_floating_point() else t.numel() * t.element_size() / 4
-            else:
-                others += t.numel()
-        return int(own), others
-
-    def print_savable_parameters(self, adapter: str = "default") -> None:
-        """Print these numbers."""
-        own, others = self.get_nb_savable_parameters(adapter)
-        method, total = registry.method_of(self.peft_config[adapter]).name, own + others
-        print(f"{method} params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {total:,d}")
-
-    def _named(self, names: str | list[str] | None) -> Iterable[str]:
-        return self.host.active if names is None else [names] if isinstance(names, str) else names
 
     @contextmanager
     def _given(self, reading: Any, names: frozenset[str], args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -270,6 +271,24 @@ def test_prefix_before_layers_of_unlike_widths() -> None:
     base = Gemma4ForCausalLM(Gemma4TextConfig(**sizes, **more))
     with pytest.raises(AdapterError, match="layers differ in head_dim, and a prefix has one width"):
         get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+def test_a_prefix_takes_its_sizes_from_a_config_of_ones_own() -> None:
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(hidden_size=32, num_attention_heads=4, num_hidden_layers=2)
+            self.embed = torch.nn.Embedding(9, 32)
+
+        def get_input_embeddings(self) -> torch.nn.Module:
+            return self.embed
+
+        def forward(self, input_ids: torch.Tensor, past_key_values: Any = None) -> torch.Tensor:
+            return self.embed(input_ids)
+
+    model = get_peft_model(Own(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    cfg: Any = model.active_peft_config
+    assert (cfg.num_layers, cfg.num_attention_heads, cfg.token_dim) == (2, 4, 32)
 
 
 def test_calls_that_do_not_fit() -> None:
