@@ -12,6 +12,7 @@ from veneer.train.compressed import ending
 from veneer.train.conditions import check_filter, row_filter
 from veneer.train.errors import DataError, nearest
 from veneer.train.named_labels import label_names, with_names
+from veneer.train.nested import column_names
 from veneer.train.readers import FORMATS, Row, head, rows_with_lines
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["SHIPPED", "Part", "Place", "conll_columns", "file_format", "find_files", "locate", "parts_of"]
 
 #: sets that come with the package: name -> path of a split under the package's data folder
-SHIPPED = {"orders": "orders/{split}.jsonl", "tickets-ner": "tickets_ner/{split}.conll"}
+SHIPPED = {
+    "orders": "orders/{split}.jsonl",
+    "orders-later": "orders/later.jsonl",  # for measuring only
+    "tickets-ner": "tickets_ner/{split}.conll",
+}
 #: what a file's or folder's name begins with, and the split that it says
 SPLITS = {"train": "train", "training": "train", "test": "test", "eval": "test", "validation": "validation",
           "valid": "validation", "val": "validation", "dev": "validation"}  # fmt: skip
@@ -168,7 +173,7 @@ class Part:
             first = next(iter(self._hub(True)), None)
             if first is None:
                 raise DataError("holds no rows", file=self.path)
-            return list(first)
+            return column_names(first)
         file = self.files[0]
         fmt = file_format(self.spec, file)
         have = head(file, fmt, **conll_columns(self.spec, fmt), field=self.spec.field)
@@ -258,7 +263,8 @@ def _source_names(spec: DataSpec, split: str) -> list[SourceSpec]:
     if split == "validation":
         name = spec.validation
     else:  # a shipped set brings its test rows, validation stands in for test
-        own = spec.train if isinstance(spec.train, str) and spec.train in SHIPPED and spec.split is None else None
+        own = spec.train if isinstance(spec.train, str) and spec.split is None else None
+        own = own if "{split}" in SHIPPED.get(own or "", "") else None
         name = spec.test or spec.validation or own
     return [] if name is None else [SourceSpec(path=name)]
 
