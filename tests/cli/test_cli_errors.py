@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -170,3 +175,35 @@ def test_the_engines_own_errors_are_shown_as_panels(tiny_lm: Path, tmp_path: Pat
     assert code == 2
     assert "q_proj" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_a_panel(tiny_lm: Path) -> None:
+    words = [sys.executable, "-m", "veneer", "generate", str(tiny_lm), "-p", "x", "--max-new-tokens", "1"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode != 0
+    assert "the disk is full" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("code", "says"), [(errno.ENOSPC, "disk is full"), (errno.EACCES, "not allowed"), (0, None)])
+def test_what_a_disk_refuses(
+    code: int, says: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_lm: Path
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, "refused", str(tmp_path / "x.jsonl"))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "send red"}\n')
+    out = tmp_path / "x.jsonl"
+    words = ["predict", str(tiny_lm), "--file", str(rows), "--out", str(out), "--max-new-tokens", "1"]
+    done = CliRunner().invoke(app, words)
+    assert not list(tmp_path.glob("x.jsonl*"))
+    if says is None:
+        assert isinstance(done.exception, OSError)  # what nobody can name keeps its traceback
+        return
+    assert done.exit_code == 2
+    assert says in done.output
+    assert "x.jsonl" in done.output.replace("\n", "")

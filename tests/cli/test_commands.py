@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from veneer.cli.app import app
@@ -196,13 +199,41 @@ def test_chat_obeys_its_commands(trained: tuple[Path, str]) -> None:
         assert text in printed, text
 
 
+def test_chat_switches_adapters(trained: tuple[Path, str], tagger: Path, tiny_lm: Path, tmp_path: Path) -> None:
+    """Each answers as it does alone; what does not belong to the base is refused and the chat goes on."""
+    other = tmp_path / "louder"
+    shutil.copytree(trained[0] / "adapter", other / "adapter")
+    weights = other / "adapter" / "adapter_model.safetensors"
+    torch.manual_seed(0)
+    save_file({name: torch.randn_like(t) for name, t in load_file(weights).items()}, weights)
+    few = ("--max-new-tokens", 4)
+    models = {"first": trained[0], "louder": other, "base": tiny_lm}
+    alone = {name: invoke("chat", path, *few, "-p", "send red") for name, path in models.items()}
+    assert len(set(alone.values())) == 3
+    spoken = "".join(f"[{name}] {alone[name]}" for name in ("base", "first", "louder"))
+    lines = "/all,send red,/adapter louder,send red,/adapters,/adapter softer,/adapter first,send red,/both,send red"
+    lines = lines.replace(",", "\n") + "\n"
+    printed = invoke("chat", trained[0], "--with", other, *few, stdin=lines)
+    assert printed == (
+        f"answers: all\n{spoken}answers: louder\n{alone['louder']}  first\n* louder\n"
+        f"no adapter 'softer'; there are first, louder\nanswers: first\n{alone['first']}"
+        f"answers: both\n[base] {alone['base']}[first] {alone['first']}"
+    )
+    assert invoke("chat", trained[0], "--with", other, "--answer-with", "all", *few, "-p", "send red") == spoken
+    lines = f"/load {other}\nsend red\n/load {tagger}\n/load {tmp_path}\nsend red\n"
+    printed = invoke("chat", trained[0], *few, stdin=lines)
+    assert printed.startswith(f"answers: louder\n{alone['louder']}not loaded: ")
+    assert "it is an adapter of" in printed
+    assert f"not loaded: {tmp_path}: no adapter there" in printed
+    assert printed.endswith(alone["louder"])
+
+
 def test_chat_with_a_base_alone(tiny_lm: Path) -> None:
     printed = invoke("chat", tiny_lm, "--max-new-tokens", 3, stdin="/adapter\nsend red\n")
     assert "there is no adapter here" in printed
 
 
 def test_the_model_is_asked_as_it_was_trained(trained: tuple[Path, str], tmp_path: Path) -> None:
-    import shutil
 
     from veneer.train.asking import Asking, read_asking, write_asking
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,69 @@ def test_test_rows_with_another_number_of_texts(bert: Path, tmp_path: Path) -> N
         plan_of(recipe_for("seq-cls", pair, bert, data={"train": str(pair), "test": str(single)}))
     with pytest.raises(DataError, match="test rows have a second text, and the training rows have none"):
         plan_of(recipe_for("seq-cls", pair, bert, data={"train": str(single), "test": str(pair)}))
+
+
+def _translations(path: Path, *codes: str) -> Path:
+    words = {"en": "one two", "de": "red green", "fr": "blue"}
+    return write_jsonl(path, [{"id": str(i), "translation": {code: words[code] for code in codes}} for i in range(3)])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "arrow"])
+def test_translation_columns(form: str, t5: Path, tmp_path: Path) -> None:
+    """The usual form of translation sets, with a direction from the columns, the prefix or the base's name."""
+    rows = [json.loads(line) for line in _translations(tmp_path / "a.jsonl", "en", "de").read_text().splitlines()]
+    path = tmp_path / f"a.{form}"
+    if form == "json":
+        path.write_text(json.dumps(rows))
+    elif form == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif form == "arrow":
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+        path = tmp_path / "saved"
+    base = tmp_path / "opus-mt-de-en"
+    shutil.copytree(t5, base)
+    data = {"train": str(path), "test": str(path)}
+    ways: list[tuple[dict[str, Any], tuple[str, str]]] = [
+        ({"data": {**data, "columns": {"source": "translation.en", "target": "translation.de"}}}, ("en", "de")),
+        ({"data": {**data, "columns": {"source": "en"}}}, ("en", "de")),
+        ({"data": {**data, "columns": {"target": "en"}}}, ("de", "en")),
+        ({"data": data, "options": {"source_prefix": "translate English to German: "}}, ("en", "de")),
+        ({"data": data, "base": str(base)}, ("de", "en")),
+    ]
+    words = {"en": "one two", "de": "red green"}
+    for flags, (source, target) in ways:
+        recipe = recipe_for("seq2seq", path, **{"base": t5, **flags})
+        table, test = load_tables(recipe.data, "seq2seq", 0)
+        assert test is not None
+        for read in (table, test):
+            assert read.dataset.to_list() == [{"source": words[source], "target": words[target]}] * 3
+        note = f"{table.path.name}: 'translation.{source}' is translated into 'translation.{target}'."
+        assert table.notes == (() if len(flags["data"].get("columns", {})) == 2 else (note,))
+
+
+def test_a_direction_that_cannot_be_told(t5: Path, tmp_path: Path) -> None:
+    two, three = (_translations(tmp_path / f"{len(c)}.jsonl", *c) for c in (("en", "de"), ("en", "de", "fr")))
+    with pytest.raises(DataError, match=r"holds en, de, and nothing says.*columns: \{source: en, target: de\}"):
+        recipe_for("seq2seq", two, t5)
+    with pytest.raises(DataError, match=r"holds en, de, fr, and nothing says"):
+        recipe_for("seq2seq", three, t5, data={"train": str(three), "columns": {"source": "en"}})
+    with pytest.raises(DataError, match=r"holds en, de, and the base or its prefix says en-ro"):
+        recipe_for("seq2seq", two, t5, options={"source_prefix": "translate English to Romanian: "})
+    with pytest.raises(DataError, match=r"no column 'translation.dr'.*Did you mean `translation.de`"):
+        recipe_for(
+            "seq2seq", two, t5, data={"train": str(two), "columns": {"source": "en", "target": "translation.dr"}}
+        )
+    ragged = write_jsonl(
+        tmp_path / "r.jsonl", [{"translation": {"en": "one", "de": "red"}}, {"translation": {"en": "two"}}]
+    )
+    recipe = recipe_for("seq2seq", ragged, t5, data={"train": str(ragged), "columns": {"source": "en"}})
+    with pytest.raises(DataError, match=r"r.jsonl:2: no 'translation.de'"):
+        load_tables(recipe.data, "seq2seq", 0)
+
+
+def test_columns_inside_others_are_read_and_filtered(llama: Path, tmp_path: Path) -> None:
+    rows = [{"qa": {"ask": f"one {i}", "say": {"text": "red"}}, "meta": {"lang": "ab"[i % 2]}} for i in range(4)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    data = {"train": str(path), "prompt": "qa.ask", "completion": "qa.say.text", "filter": {"meta.lang": "a"}}
+    table, _ = load_tables(recipe_for("causal-lm", path, llama, data=data).data, "causal-lm", 0)
+    assert table.dataset.to_list() == [{"prompt": f"one {i}", "completion": "red"} for i in (0, 2)]

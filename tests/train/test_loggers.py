@@ -124,6 +124,17 @@ def test_a_logger_closes_after_the_last_score(causal: Callable[..., Recipe]) -> 
 
 
 @pytest.mark.usefixtures("recorder")
+def test_a_logger_that_cannot_begin(causal: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, args: Any, state: Any, control: Any, **more: Any) -> None:
+        raise OSError("no API key\nand more")
+
+    monkeypatch.setattr(Recorder, "on_train_begin", fail)
+    with pytest.raises(RecipeError, match=r"train.report_to: Recorder cannot begin: no API key. Set it up") as caught:
+        run(causal(train={**SHORT, "report_to": "swanlab"}, eval=LOSS_ONLY))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.usefixtures("recorder")
 def test_a_logger_closes_where_training_fails(causal: Callable[..., Recipe]) -> None:
     recipe = causal(train={**SHORT, "report_to": "swanlab", "run_name": "mine"}, eval=LOSS_ONLY)
     with pytest.raises(KeyboardInterrupt):

@@ -56,9 +56,6 @@ def test_entity_scores() -> None:
 
 
 def test_tags_and_spans() -> None:
-    assert metrics.tags_are_iob(["O", "B-x", "I-x"])
-    assert not metrics.tags_are_iob(["NOUN", "VERB"])
-    assert not metrics.tags_are_iob(["O"])
     words = ["Anna", "Li", "in", "New", "York", "Rome"]
     assert metrics.spans(words, ["B-per", "I-per", "O", "B-loc", "I-loc", "B-loc"]) == (
         "per: Anna Li; loc: New York; loc: Rome"

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from test_predict import invoke, trained  # noqa: F401  (a fixture)
 from transformers import AutoTokenizer, pipeline
 
@@ -17,9 +19,11 @@ CLASSES = {
     "seq-cls": veneer.AutoPeftModelForSequenceClassification,
     "causal-lm": veneer.AutoPeftModelForCausalLM,
     "embedding": veneer.AutoPeftModelForFeatureExtraction,
+    "masked-lm": veneer.AutoPeftModel,
+    "seq2seq": veneer.AutoPeftModelForSeq2SeqLM,
 }
 KINDS = {"token-cls": "token-classification", "seq-cls": "text-classification", "causal-lm": "text-generation",
-         "embedding": "feature-extraction"}  # fmt: skip
+         "embedding": "feature-extraction", "masked-lm": "fill-mask"}  # fmt: skip
 
 
 def pipe_of(result: Any, merged: bool = False) -> Any:
@@ -73,6 +77,39 @@ def test_feature_extraction(trained: Any) -> None:  # noqa: F811
     first = rows[0]  # its pooling is `cls`
     length = sum(value * value for value in first) ** 0.5
     assert [value / length for value in first] == pytest.approx(predicted(result)["embedding"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["masked-lm"], indirect=True)
+def test_fill_mask(trained: Any) -> None:  # noqa: F811
+    result, _ = trained
+    found = pipe_of(result)("anna in [MASK]", top_k=5)
+    wanted = json.loads(invoke("predict", result.adapter_dir, "-t", "anna in [MASK]"))["fills"][0]
+    assert [fill["token_str"] for fill in found] == [fill["token"] for fill in wanted]
+    assert [fill["score"] for fill in found] == pytest.approx([fill["score"] for fill in wanted], rel=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["causal-lm", "seq2seq"], indirect=True)
+def test_generation_gives_what_transformers_gives(trained: Any) -> None:  # noqa: F811
+    """Scores, logits, hidden states and attentions of each step, those of the merged model."""
+    result, _ = trained
+    tokenizer = AutoTokenizer.from_pretrained(result.adapter_dir)
+    inputs = tokenizer("colour one", return_tensors="pt")
+    inputs.pop("token_type_ids", None)
+    wanted = {"output_scores": True, "output_logits": True, "output_hidden_states": True, "output_attentions": True}
+    kind = transformers.AutoModelForCausalLM if result.task == "causal-lm" else transformers.AutoModelForSeq2SeqLM
+    asked = {"attn_implementation": "eager"}
+    for more in ({}, {"num_beams": 2}):
+        given = {**inputs, **wanted, **more, "max_new_tokens": 3, "return_dict_in_generate": True, "do_sample": False}
+        mine = CLASSES[result.task].from_pretrained(result.adapter_dir, **asked).eval().generate(**given)
+        merged = kind.from_pretrained(result.merged_dir, **asked).eval().generate(**given)
+        assert type(mine) is type(merged)
+        assert mine.keys() == merged.keys()
+        assert torch.equal(mine.sequences, merged.sequences)
+        compared = 0
+        for name in mine.keys() - {"sequences", "past_key_values"}:
+            torch.testing.assert_close(mine[name], merged[name], rtol=1e-3, atol=1e-4, msg=name)
+            compared += 1
+        assert compared >= 4
 
 
 @pytest.mark.slow

@@ -111,6 +111,9 @@ def test_new_tokens_are_in_the_stream(causal: Callable[..., Recipe], tmp_path: P
     path = write_jsonl(tmp_path / "acts.jsonl", [chat("one", "<ACT>red")])
     found = outlook(causal(adapter=QV, tokens=["<ACT>"], data={"train": str(path)}), SPEED)
     assert ("<ACT>", True) in found.examples[0]
+    assert not any("<ACT>" in text for text in found.warnings)
+    found = outlook(causal(adapter=QV, tokens=["<ACT>", "<STOP>"], data={"train": str(path)}), SPEED)
+    assert "The new token <STOP> is in no training row, so nothing is learned of it." in found.warnings
 
 
 @pytest.mark.parametrize("method", [{"init_lora_weights": "pissa"}, {"method": "vera", "r": 4}, {"method": "ia3"}])
@@ -154,6 +157,7 @@ def test_the_command(causal: Callable[..., Recipe], recipe_file: Callable[[str],
     console = Console(file=io.StringIO(), width=120)
     show_plan(console, outlook(causal(adapter=QV, train=FEW), SPEED))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
-    for words in ("q_proj x 2, v_proj x 2", "Example 2", "padding", "GFLOP/s"):
+    marked = "(what is learned is between « and »)", '«{"colour": "red"}<|im_end|>»'  # it has no colours
+    for words in ("q_proj x 2, v_proj x 2", "Example 2", "padding", "GFLOP/s", *marked):
         assert words in shown
     assert "24 rows of the test set are among the training rows" in " ".join(shown.split())

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_resume import outcome, same
 from tiny_train import chat, write_jsonl
 from yaml import safe_dump
 
@@ -128,6 +132,55 @@ def test_two_processes_train_as_one(recipes: Callable[..., Flags], tmp_path: Pat
         left, right = (load_file(tmp_path / out / "adapter" / "adapter_model.safetensors") for out in (whole, again))
         assert all(torch.equal(left[key], right[key]) for key in left)
         assert _result(tmp_path / whole)["train_tokens"] == _result(tmp_path / again)["train_tokens"]
+
+
+def _workers(launcher: int) -> list[int]:
+    """The processes that a launcher has started, in the order of their ranks."""
+    listed = Path(f"/proc/{launcher}/task/{launcher}/children")
+    return sorted(int(child) for child in listed.read_text().split()) if listed.is_file() else []
+
+
+def _killed(command: list[str], who: str, place: Path, draw: random.Random) -> None:
+    """Start a run, and SIGKILL the launcher and all its processes, or one of them, once ``place`` is there."""
+    env = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet)
+    until = time.monotonic() + 300
+    while not place.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    time.sleep(draw.uniform(0.0, 0.3))
+    workers = _workers(process.pid)
+    assert len(workers) == 2
+    if who == "all":
+        process.kill()
+    for worker in workers if who == "all" else [workers[int(who)]]:
+        os.kill(worker, signal.SIGKILL)
+    assert process.wait(timeout=120) != 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the processes in Linux's /proc")
+def test_kill_9_in_two_processes(recipes: Callable[..., Flags], tmp_path: Path) -> None:
+    """The launcher and both processes, the main one, the other one: what is left goes on bit for bit."""
+    flags = recipes("causal-lm", "whole", max_steps=40, save_strategy="steps", save_steps=2, eval_steps=20,
+                    save_total_limit=2, gradient_accumulation_steps=2)  # fmt: skip
+    flags["adapter"] |= {"lora_dropout": 0.2}
+    flags["eval"] |= {"generate": False}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(safe_dump(flags))
+    words = ("-m", "veneer", "train", str(path))
+    cut = (*words, "--out", str(tmp_path / "cut"))
+    done = launch(*words)
+    assert done.returncode == 0, done.stderr[-4000:]
+    command, draw = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *cut], random.Random(0)
+    for who, step in (("all", 4), ("0", 14), ("1", 24)):
+        _killed(command, who, tmp_path / ".cut.partial" / "checkpoints" / f"checkpoint-{step}", draw)
+        assert not (tmp_path / "cut").exists()
+    done = launch(*cut)
+    assert done.returncode == 0, done.stderr[-4000:]
+    same(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 
 def _result(out: Path) -> Flags:

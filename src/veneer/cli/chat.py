@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,16 +12,21 @@ import typer
 from veneer.cli.errors import DebugFlag, UserError
 from veneer.cli.quiet import quiet_libraries
 from veneer.cli.shared import BaseOption, MaxNewTokens, ModelArgument, Seed, System, Temperature, TopP
+from veneer.cli.voices import Voices
+from veneer.errors import AdapterError
+from veneer.train.errors import RecipeError
 
 if TYPE_CHECKING:
     from veneer.cli.generation import Sampling
-    from veneer.train.use import Loaded
 
 __all__ = ["Conversation", "chat"]
 
-HELP = """/adapter       answer with the tuned model
+HELP = """/adapter       answer with the tuned model; /adapter NAME with another one
 /base          answer with the base model
 /both          answer with each
+/all           answer with the base and every adapter
+/adapters      list the adapters
+/load FOLDER   load another adapter of the same base, and answer with it
 /system TEXT   set the system message
 /reset         forget the conversation
 /quit          leave"""
@@ -30,9 +34,9 @@ HELP = """/adapter       answer with the tuned model
 
 @dataclass
 class Conversation:
-    """The turns so far, and who answers: ``adapter``, ``base`` or ``both``."""
+    """The turns so far, and who answers: ``adapter`` (the current one), ``base``, ``both`` or ``all``."""
 
-    loaded: Loaded
+    voices: Voices
     sampling: Sampling
     who: str
     write: Callable[[str], None]
@@ -48,42 +52,49 @@ class Conversation:
 
         A model that was trained on single questions gets each one on its own.
         """
-        if self.loaded.asking.single:
+        if self.voices.asking().single:
             self.turns.clear()
         self.turns.append({"role": "user", "content": text})
-        answer = ""
-        for who in ("base", "adapter") if self.who == "both" else (self.who,):
-            if self.who == "both":
-                self.write(f"[{who}] ")
-            answer = self._answer(who)
+        answers = {}
+        for name in (names := self._speakers()):
+            if len(names) > 1:
+                plain = len(self.voices.known) == 1 and name != "base"
+                self.write(f"[{'adapter' if plain else name}] ")
+            answers[name] = self._answer(name)
             self.write("\n")
-        self.turns.append({"role": "assistant", "content": answer})
+        kept = answers.get(self.voices.current, answers[names[-1]])
+        self.turns.append({"role": "assistant", "content": kept})
 
-    def _answer(self, who: str) -> str:
+    def _speakers(self) -> list[str]:
+        """Who answers, by name."""
+        current = self.voices.current
+        return {"base": ["base"], "adapter": [current], "both": ["base", current]}.get(
+            self.who, ["base", *self.voices.known]
+        )
+
+    def _answer(self, name: str) -> str:
         from veneer.cli.generation import stream
 
-        plain = nullcontext() if who == "adapter" else self.loaded.without_adapter()
-        with plain:
+        loaded = self.voices.loaded
+        with self.voices.speaking(name) as asking:
             return stream(
-                self.loaded.model,
-                self.loaded.tokenizer,
-                self.messages(),
-                self.sampling,
-                self.write,
-                chat=self.loaded.asking.chat,
-            )
+                loaded.model, loaded.tokenizer, self.messages(), self.sampling, self.write, chat=asking.chat
+            )  # fmt: skip
 
     def command(self, line: str) -> bool:
         """Obey a line that begins with a slash; False when it asks to leave."""
         name, _, rest = line[1:].partition(" ")
         if name in {"quit", "exit", "q"}:
             return False
-        if name in {"base", "adapter", "both"}:
-            if self.loaded.adapter is None and name != "base":
-                self.write("there is no adapter here: this is a base model\n")
-            else:
-                self.who = name
-                self.write(f"answers: {name}\n")
+        if name in {"base", "adapter", "both", "all", "adapters", "load"} and not self.voices.known and name != "base":
+            self.write("there is no adapter here: this is a base model\n")
+        elif name in {"base", "both", "all"} or (name == "adapter" and not rest.strip()):
+            self.who = name
+            self.write(f"answers: {name}\n")
+        elif name in {"adapter", "load"}:
+            self._switch(name, rest.strip())
+        elif name == "adapters":
+            self.write("".join(f"{'*' if own == self.voices.current else ' '} {own}\n" for own in self.voices.known))
         elif name == "system":
             self.system = rest.strip() or None
             self.turns.clear()
@@ -94,6 +105,23 @@ class Conversation:
         else:
             self.write(HELP + "\n")
         return True
+
+    def _switch(self, how: str, what: str) -> None:
+        """Answer with another adapter, by its name or, to `load`, by its folder."""
+        if how == "load":
+            try:
+                what = self.voices.add(what)
+            except (UserError, AdapterError, RecipeError) as error:
+                hint = f". {error.hint}" if isinstance(error, UserError) and error.hint else ""
+                self.write(f"not loaded: {error}{hint}\n")
+                return
+        if what not in self.voices.known:
+            self.write(f"no adapter {what!r}; there are {', '.join(self.voices.known)}\n")
+            return
+        asked, self.voices.current, self.who = self.voices.asking(), what, "adapter"
+        if asked.system != self.voices.asking().system and self.system == asked.system:
+            self.system = self.voices.asking().system
+        self.write(f"answers: {what}\n")
 
 
 def _lines(interactive: bool) -> Iterator[str]:
@@ -127,9 +155,12 @@ def _write(text: str) -> None:
 def chat(
     model: ModelArgument,
     base: BaseOption = None,
+    beside: Annotated[
+        list[str] | None, typer.Option("--with", help="Another adapter of the same base to switch to; may be repeated.")
+    ] = None,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this and leave.")] = None,
     system: System = None,
-    who: Annotated[str, typer.Option("--answer-with", help="adapter, base or both.")] = "adapter",
+    who: Annotated[str, typer.Option("--answer-with", help="adapter, base, both or all.")] = "adapter",
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -137,13 +168,18 @@ def chat(
     debug: DebugFlag = False,
 ) -> None:
     """Talk to a tuned model in the terminal; in a script, --prompt or a pipe of lines."""
-    if who not in {"adapter", "base", "both"}:
-        raise UserError(f"--answer-with {who!r} is none of adapter, base, both", hint="Leave it out for the adapter.")
+    if who not in {"adapter", "base", "both", "all"}:
+        raise UserError(
+            f"--answer-with {who!r} is none of adapter, base, both, all", hint="Leave it out for the adapter."
+        )
     loaded = _load(model, base)
     from veneer.cli.generation import Sampling
 
+    voices = Voices(loaded)
+    for other in beside or ():
+        voices.add(other, base)
     talk = Conversation(
-        loaded=loaded,
+        voices=voices,
         sampling=Sampling(max_new_tokens, temperature, top_p, seed=seed),
         who=who if loaded.adapter is not None else "base",
         write=_write,

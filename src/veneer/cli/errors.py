@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -16,6 +17,17 @@ __all__ = ["DebugFlag", "UserError", "friendly_errors"]
 
 OTHERS = 20.0
 """Seconds after which a process says itself what went wrong, for it did so nowhere else."""
+
+
+DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EFBIG: "a file may not grow as large",
+    errno.EROFS: "the file system can only be read",
+    errno.EACCES: "not allowed to read or write this",
+    errno.EPERM: "not allowed to read or write this",
+}
+"""What a machine refuses to do with a file, and the program can do nothing about."""
 
 
 class UserError(Exception):
@@ -45,6 +57,9 @@ def _expected() -> tuple[type[Exception], ...]:
 
 def _lines(error: Exception) -> tuple[str, str, str, str]:
     """(what, where, nearest valid name, what to do)."""
+    if isinstance(error, OSError):
+        hint = "Nothing half-written is left under the name asked for. Make room or choose another place; run it again."
+        return DISK[error.errno or 0], str(error.filename or ""), "", hint
     if isinstance(error, UserError):
         return error.problem, error.where, "", error.hint
     from veneer.cli.options import as_typed
@@ -89,6 +104,11 @@ def friendly_errors(context: typer.Context) -> Iterator[None]:
         yield
     except _expected() as error:
         if context.find_root().meta.get("veneer.debug"):
+            raise
+        show_error(error)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if error.errno not in DISK or context.find_root().meta.get("veneer.debug"):
             raise
         show_error(error)
         raise typer.Exit(2) from None

@@ -71,9 +71,11 @@ def show_plan(console: Console, found: Outlook) -> None:
     for table in (_model(found), _rows(found), _needs(found)):
         console.print(table)
     console.print(_histogram(found))
+    coloured = console.color_system is not None
+    how = "green and underlined" if coloured else "between « and »"
     for number, stream in enumerate(found.examples, 1):
-        console.print(Text.assemble((f"Example {number}", "bold"), "  (what is learned is green and underlined)"))
-        console.print(tokens_as_text(stream), soft_wrap=True)
+        console.print(Text.assemble((f"Example {number}", "bold"), f"  (what is learned is {how})"))
+        console.print(tokens_as_text(stream, coloured), soft_wrap=True)
     for text in found.notes:
         console.print(Text(text, style="dim"))
     for text in found.warnings:
@@ -82,12 +84,15 @@ def show_plan(console: Console, found: Outlook) -> None:
         console.print("Nothing odd was found in the rows.", style="green")
 
 
-def tokens_as_text(stream: Stream) -> Any:
-    """Tokens one after another, every other one shaded, the learned ones coloured."""
+def tokens_as_text(stream: Stream, coloured: bool = True) -> Any:
+    """Tokens one after another, every other one shaded, the learned ones coloured or, without colours, marked."""
     from rich.text import Text
 
-    text = Text()
-    for number, (token, learned) in enumerate(stream[:LONGEST]):
+    text, before = Text(), False
+    for number, (token, learned) in enumerate([*stream[:LONGEST], ("", False)]):
+        if not coloured and learned != before:
+            text.append("«" if learned else "»")
+        before = learned
         shade = "on grey15" if number % 2 else ""
         text.append(token, style=f"{'bold green underline' if learned else 'dim'} {shade}".strip())
     if len(stream) > LONGEST:

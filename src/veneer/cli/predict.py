@@ -53,6 +53,7 @@ def predict(
     if out is None:
         for answer in answers:
             sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            sys.stdout.flush()  # who reads a pipe has it as soon as it is there
         return
     typer.echo(f"{write_lines(out, answers)} rows in {out}")
 

@@ -159,8 +159,10 @@ def _check_adapter(recipe: Recipe) -> None:
     options = recipe.adapter.options
     fields.check_options(cls, options, "adapter", recipe._source, owned=fields.OWNED_ADAPTER)
     check_tokens(recipe, cls)
+    from veneer.train.tasks import task_class
+
     try:
-        cls(**options)
+        cls(**options, task_type=task_class(recipe.task).task_type)
     except (ValueError, TypeError, ImportError) as error:
         named = next((key for key in options if key in str(error)), None)
         path = ("adapter",) if named is None else ("adapter", named)

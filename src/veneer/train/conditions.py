@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.errors import DataError, nearest
+from veneer.train.nested import value_at
 
 if TYPE_CHECKING:
     from veneer.train.data_spec import Condition
@@ -38,7 +39,7 @@ def row_filter(conditions: Mapping[str, Condition]) -> Callable[[Mapping[str, An
 
     def keep(row: Mapping[str, Any]) -> bool:
         for column, missing, tests in checks:
-            value = row.get(column)
+            value = value_at(row, column)
             if value is None or missing:
                 if (value is None) != bool(missing):
                     return False

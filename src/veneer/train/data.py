@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.train.errors import DataError
 from veneer.train.layouts import Layout, check_columns, choose_layout, joined, layouts_of, left_out
 from veneer.train.mixing import Group, describe, hold_out, mix
+from veneer.train.nested import column_names, value_at
 from veneer.train.readers import Row, rows_with_lines
 from veneer.train.sources import SHIPPED, Part, Place, conll_columns, file_format, locate, parts_of
 
@@ -74,8 +75,8 @@ def pick(layout: Layout, task: str, place: Place, row: Row) -> Row:
     """A row under its role names. Raises DataError, with the reason, where it is not what the task reads."""
     from veneer.train.tasks import get_task
 
-    picked = {role: _turns(row.get(column)) for role, column in layout.columns.items()}
-    problem = next((_missing(column, row) for column in layout.columns.values() if row.get(column) is None), "")
+    picked = {role: _turns(value_at(row, column)) for role, column in layout.columns.items()}
+    problem = next((_missing(column, row) for column in layout.columns.values() if value_at(row, column) is None), "")
     problem = problem or get_task(task).check_row(layout, picked)
     if problem:
         raise place.error(problem)
@@ -157,6 +158,9 @@ def _load(spec: DataSpec, split: str, task: str, seed: int) -> tuple[Table, list
             notes.append(f"{Path(part.source.path).name}: {what} not read as {split} rows, by the names of the files.")
     for part, layout in zip(parts, layouts, strict=True):
         own, said = _read(part, layout, task, seed)
+        if "." in layout.columns.get("target", "") and not part.spec.columns.keys() >= {"source", "target"}:
+            pair = [layout.columns[role] for role in ("source", "target")]
+            notes.append(f"{part.path.name}: {pair[0]!r} is translated into {pair[1]!r}.")
         groups.append(Group(part.path.name, list(range(len(rows), len(rows) + len(own))), part.source.weight))
         rows += own
         notes += said
@@ -193,7 +197,7 @@ def read_chunks(spec: DataSpec, task: str, path: Path, size: int) -> Iterator[tu
     layout: Layout | None = None
     done = 0
     for line, row in rows_with_lines(path, fmt, **conll_columns(spec, fmt), field=spec.field):
-        layout = layout or choose_layout(spec, task, path, list(row), asks=True)
+        layout = layout or choose_layout(spec, task, path, column_names(row), asks=True)
         rows.append(row)
         lines += [] if line is None else [line]
         if len(rows) == size:
@@ -214,8 +218,10 @@ def asked_table(
     check, kept = get_task(task).check_ask, []
     for number, row in enumerate(rows):
         place = Place(path, lines[number] if lines else None, before + number)
-        picked = {role: _turns(row.get(column)) for role, column in layout.columns.items()}
-        problem = next((_missing(column, row) for column in layout.columns.values() if row.get(column) is None), "")
+        picked = {role: _turns(value_at(row, column)) for role, column in layout.columns.items()}
+        problem = next(
+            (_missing(column, row) for column in layout.columns.values() if value_at(row, column) is None), ""
+        )
         problem = problem or check(layout, picked)
         if problem:
             raise place.error(problem)
@@ -224,7 +230,11 @@ def asked_table(
 
 
 def _missing(column: str, row: dict[str, Any]) -> str:
-    return f"{column!r} is null" if column in row else f"no {column!r}; the row has {', '.join(map(repr, row))}"
+    return (
+        f"{column!r} is null"
+        if column in column_names(row)
+        else f"no {column!r}; the row has {', '.join(map(repr, row))}"
+    )
 
 
 def load_tables(spec: DataSpec, task: str, seed: int) -> tuple[Table, Table | None]:

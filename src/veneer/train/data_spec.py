@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, field_validator, model_validator
 
 __all__ = ["Condition", "DataSpec", "Section", "SourceSpec"]
 
@@ -105,7 +105,8 @@ class DataSpec(Section):
     trains, through a buffer of ``shuffle_buffer`` rows. ``workers`` processes make tokens of rows, which are kept for
     the next run unless ``cache`` is off.
 
-    ``columns`` names the column of anything the task reads (`columns: {source: en, target: de}`).
+    ``columns`` names the column of anything the task reads (`columns: {source: en, target: de}`), `translation.en`
+    one inside an object.
     ``tokens`` and ``labels`` are column names, or column numbers from 0 (-1 is the last) in a CoNLL file. ``field`` is
     where in a JSON file the list of rows is.
     """
@@ -134,12 +135,19 @@ class DataSpec(Section):
     shuffle_buffer: int = Field(default=1000, ge=1)
     cache: bool = True
 
+    _direction: tuple[str, str] | None = PrivateAttr(default=None)
+
     @field_validator("train", mode="before")
     @classmethod
     def _list_of_sources(cls, value: Any) -> Any:
         if isinstance(value, dict):
             value = [value]
         return [{"path": item} if isinstance(item, str) else item for item in value] if _listed(value) else value
+
+    @property
+    def direction(self) -> tuple[str, str] | None:
+        """(source, target) language that the recipe's base or prefix says, if any does."""
+        return self._direction
 
     @property
     def names(self) -> list[str]:

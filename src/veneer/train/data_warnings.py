@@ -22,7 +22,8 @@ __all__ = ["data_warnings", "pad_warning", "row_for_row"]
 
 def data_warnings(recipe: Recipe, parts: Parts, train: Table, test: Table | None) -> list[str]:
     """One sentence each, with the number of rows and where the first of them is."""
-    found = [*_repeated(train, test), *_tokens(recipe, parts, train)]
+    own = parts.task.row_warnings(recipe, parts.plan, train, test)
+    found = [*_repeated(train, test), *_tokens(recipe, parts, train), *own]
     return [text for text in found if text]
 
 
@@ -73,13 +74,27 @@ def _tokens(recipe: Recipe, parts: Parts, table: Table) -> list[str]:
     where = lambda row: str(table.places[row]) if whole else f"row {row + 1} of those made of {table.path.name}"
     train, tokenizer = parts.plan.train, parts.tokenizer
     columns = [name for name in train.column_names if name.endswith("input_ids")]
-    out = []
+    out = [_unseen(recipe, parts, columns)]
     for name in columns:
         labels = f"{name.removesuffix('input_ids')}labels"
         if labels in train.column_names and isinstance(train[0][labels], list):
             out += _labels(recipe, parts, train[name], train[labels], where)
         out.append(_double_start(tokenizer, train[name], where))
     return out
+
+
+def _unseen(recipe: Recipe, parts: Parts, columns: list[str]) -> str:
+    """New tokens that no row holds, whose rows of the embedding would stay as they are."""
+    if not parts.tokens:
+        return ""
+    sides = [*columns, *(name for name in ("labels",) if recipe.task == "seq2seq")]
+    seen = {token for name in sides for row in parts.plan.train[name] for token in row}
+    never = [text for text, token in zip(recipe.tokens, parts.tokens, strict=True) if token not in seen]
+    if not never:
+        return ""
+    one = len(never) == 1
+    what = f"The new token{'' if one else 's'} {', '.join(never)} {'is' if one else 'are'} in no training row"
+    return f"{what}, so nothing is learned of {'it' if one else 'them'}."
 
 
 def pad_warning(tokenizer: Any) -> list[str]:

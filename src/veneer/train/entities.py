@@ -6,14 +6,16 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from veneer.train.schemes import as_iobes
+
 __all__ = ["spans", "tag_words", "words_of"]
 
 
 def spans(labels: Sequence[str]) -> list[tuple[int, int, str]]:
-    """(first word, last word + 1, type) of each entity in IOB2 or IOBES labels; an I- after nothing begins one."""
+    """(first word, last word + 1, type) of each entity, in any scheme of schemes.py; an I- after nothing begins one."""
     found: list[tuple[int, int, str]] = []
     closed = True
-    for i, label in enumerate(labels):
+    for i, label in enumerate(as_iobes(labels)):
         prefix, _, kind = label.partition("-")
         if not kind:
             prefix, kind = ("O", "") if label == "O" else ("I", label)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.errors import DataError, nearest
+from veneer.train.nested import languages, leaves, named_column
 from veneer.train.sources import Part, parts_of
 
 if TYPE_CHECKING:
@@ -61,13 +62,16 @@ def choose_layout(
     named = _named_columns(spec, roles)
     if asks:  # columns with what is expected are not needed, and may be missing
         asked = {role for layout in layouts for role in layout}
-        named = {role: place for role, place in named.items() if role in asked and place[1] in have}
+        named = {role: place for role, place in named.items() if role in asked and named_column(place[1], have) in have}
+    named = {role: (key, named_column(column, have)) for role, (key, column) in named.items()}
     for key, column in named.values():
         if column not in have:
-            hint = f"The columns are {', '.join(have)}."
+            hint = f"The columns are {', '.join(leaves(have))}."
             problem = f"no column {column!r} in {path}"
             raise DataError(problem, key=key, near=nearest(column, have), hint=hint)
     found = {role: _usual(role, kind.aliases.get(role, ()), have) for role in roles}
+    if kind.translates and not any(found[role] in have for role in ("source", "target")):
+        found |= languages({role: column for role, (_, column) in named.items()}, have, spec.direction, asks)
     found |= {role: column for role, (_, column) in named.items()}
     for layout in layouts:
         columns = {role: found[role] for role in layout}
@@ -75,11 +79,12 @@ def choose_layout(
             return Layout("+".join(layout), columns)
     wanted = ", or ".join(" and ".join(f"`{role}`" for role in layout) for layout in layouts)
     hint = f"{task} reads {wanted}; say which columns they are, for example `{_example(spec, layouts, have)}`."
-    raise DataError(f"the columns are {', '.join(have)}", file=path, line=None, hint=hint)
+    raise DataError(f"the columns are {', '.join(leaves(have))}", file=path, line=None, hint=hint)
 
 
 def _example(spec: DataSpec, layouts: Sequence[Sequence[str]], have: Sequence[str]) -> str:
     """A recipe's lines for the layout that takes the most of the columns that are there."""
+    have = leaves(have)
     roles = max((layout for layout in layouts if len(layout) <= len(have)), key=len, default=layouts[-1])
     free = [column for column in have if column not in roles]
     named = [(role, free.pop(0)) for role in roles if role not in have and free]

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from veneer.available import has
-from veneer.train.errors import nearest
+from veneer.train.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from veneer.train.recipe import Recipe
@@ -95,7 +95,14 @@ class Reporter(TrainerCallback):
                 # what an earlier attempt wrote after its last checkpoint is not to be shown twice
                 make: Any = logger._SummaryWriter
                 logger.tb_writer = make(log_dir=logger.logging_dir, purge_step=state.global_step + 1)
-            logger.on_train_begin(args, state, control, **more)
+            try:
+                logger.on_train_begin(args, state, control, **more)
+            except Exception as error:  # each of them has errors of its own
+                name = type(logger).__name__.removesuffix("Callback")
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                hint = "Set it up as it says, or take it out; every run writes log.jsonl."
+                problem = f"{name} cannot begin: {reason}"
+                raise RecipeError(problem, key="train.report_to", hint=hint) from error
         if state.global_step == 0:
             self.scores(args, state, control, self.before, more.get("model"))
 

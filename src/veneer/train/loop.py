@@ -11,6 +11,7 @@ from veneer.train import initial, processes
 from veneer.train.attempt import Attempt, attempt
 from veneer.train.bases import load_base, quiet, safe_pad
 from veneer.train.checks import check_recipe
+from veneer.train.errors import RecipeError
 from veneer.train.new_tokens import add_tokens, make_rows
 from veneer.train.prepare import Parts, adapter_config, model_options, prepare
 from veneer.train.purpose import purpose_of, write_purpose
@@ -152,6 +153,9 @@ def _adapt(recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, console: Co
     task, plan, args = parts.task, parts.plan, parts.args
     transformers.set_seed(recipe.seed)
     config = adapter_config(recipe, model, parts)
+    for note in _left_out(recipe, config, model, task):
+        parts.notes.append(note)
+        _say(console, note)
     collate = task.collator(tokenizer, 1 if args.device.type == "cpu" else 8, recipe.seed)
     try:
         initial.prepare(model, config, task, plan.train, collate, args, console is not None)
@@ -160,6 +164,17 @@ def _adapt(recipe: Recipe, parts: Parts, model: Any, tokenizer: Any, console: Co
     except ValueError as error:
         raise recipe.error("adapter", problem=str(error)) from error
     return model, collate
+
+
+def _left_out(recipe: Recipe, config: Any, model: Any, task: Any) -> list[str]:
+    from veneer.train.idle import leave_out_idle
+
+    try:
+        return leave_out_idle(recipe, config, model, task)
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise recipe.error("adapter", problem=str(error)) from error
 
 
 def _run(recipe: Recipe, parts: Parts, trainer: TaskTrainer, now: Attempt, console: Console | None) -> float:

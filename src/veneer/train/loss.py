@@ -40,7 +40,7 @@ def labelled_loss(model: torch.nn.Module, batch: Batch, items: torch.Tensor | fl
     by those one place before a label, and the model's own loss function gets those labels.
     """
     base = base_of(model)
-    if not takes_labelled_rows(base):
+    if not takes_labelled_rows(base) or _method_has_a_loss(model):
         return own_loss(model, batch, items, shifted=True)
     targets = batch["labels"][:, 1:]
     wanted = targets != IGNORE
@@ -104,6 +104,20 @@ def takes_labelled_rows(base: torch.nn.Module) -> bool:
         return False
     kinds = [parameter.kind for parameter in inspect.signature(type(base).forward).parameters.values()]
     return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _method_has_a_loss(model: torch.nn.Module) -> bool:
+    """Whether the active adapter's method makes the output's loss from all logits (CPT, Shadow)."""
+    from accelerate.utils import extract_model_from_parallel
+
+    from veneer import PeftModel, registry
+    from veneer.kinds import Attach, Prompt
+
+    inner = extract_model_from_parallel(model)
+    if not isinstance(inner, PeftModel) or not inner.active_adapters:
+        return False
+    method = registry.method_of(inner.active_peft_config)
+    return isinstance(method, Prompt | Attach) and type(method).finish not in (Prompt.finish, Attach.finish)
 
 
 def base_of(model: torch.nn.Module) -> Any:

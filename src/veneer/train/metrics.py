@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from veneer.train.errors import RecipeError
+from veneer.train.schemes import as_iobes
 
 __all__ = [
     "answers_are_json",
@@ -16,7 +16,6 @@ __all__ = [
     "json_scores",
     "need_seqeval",
     "spans",
-    "tags_are_iob",
 ]
 
 
@@ -79,11 +78,6 @@ def exact_scores(expected: Sequence[str], answers: Sequence[str]) -> tuple[dict[
     return {"exact_match": sum(right) / max(len(right), 1)}, right
 
 
-def tags_are_iob(names: Sequence[str]) -> bool:
-    """Whether labels are `O` and `B-x`, `I-x` (or the `E-x`, `S-x` of IOBES)."""
-    return any(name != "O" for name in names) and all(re.fullmatch(r"O|[BIES]-.+", name) for name in names)
-
-
 def need_seqeval() -> None:
     """Raise a RecipeError with the way out where seqeval is not installed."""
     import importlib.util
@@ -94,10 +88,13 @@ def need_seqeval() -> None:
 
 
 def entity_scores(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Entity-level precision, recall and F1 (seqeval, micro average) and word accuracy, each 0 to 1."""
+    """Entity-level precision, recall and F1 (seqeval, micro average) and word accuracy, each 0 to 1.
+
+    In any of the schemes of schemes.py; labels that break theirs are read as conlleval reads them.
+    """
     from seqeval.metrics import f1_score, precision_score, recall_score
 
-    want, got = [list(row) for row in expected], [list(row) for row in found]
+    want, got = [as_iobes(row) for row in expected], [as_iobes(row) for row in found]
     return {
         "f1": float(f1_score(want, got, zero_division=0)),
         "precision": float(precision_score(want, got, zero_division=0)),
@@ -115,14 +112,14 @@ def accuracy(expected: Sequence[Sequence[str]], found: Sequence[Sequence[str]]) 
 def spans(words: Sequence[str], tags: Sequence[str]) -> str:
     """A tagged sentence as `type: words` parts, for people to read; `-` where nothing is tagged."""
     parts: list[tuple[str, list[str]]] = []
-    before = "O"
-    for word, tag in zip(words, tags, strict=True):
+    closed = True
+    for word, tag in zip(words, as_iobes(tags), strict=True):
         mark, _, kind = tag.partition("-")
         kind = kind or tag
         if tag != "O":
-            if mark in {"I", "E"} and before != "O" and parts[-1][0] == kind:
+            if mark in {"I", "E"} and not closed and parts[-1][0] == kind:
                 parts[-1][1].append(word)
             else:
                 parts.append((kind, [word]))
-        before = tag
+        closed = tag == "O" or mark in {"E", "S"}
     return "; ".join(f"{kind}: {' '.join(text)}" for kind, text in parts) or "-"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.train.encode import IGNORE
+from veneer.train.errors import RecipeError
 from veneer.train.estimate import Estimate, Speed, batches_of, estimate, kernels_of
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _model(recipe: Recipe, parts: Parts) -> tuple[Any, Any]:
     """The adapted model on the meta device, as the run will build it, and the kernels that its base takes."""
     from veneer import get_peft_model
     from veneer.train.bases import load_base
+    from veneer.train.idle import leave_out_idle
     from veneer.train.new_tokens import make_rows
     from veneer.train.prepare import adapter_config, model_options
 
@@ -105,7 +107,10 @@ def _model(recipe: Recipe, parts: Parts) -> tuple[Any, Any]:
     kernels = kernels_of(model, recipe)
     config = adapter_config(recipe, model, parts)
     try:
+        parts.notes += leave_out_idle(recipe, config, model, parts.task)
         return get_peft_model(model, config, low_cpu_mem_usage=True).to("meta"), kernels  # drawn tensors too
+    except RecipeError:
+        raise
     except ValueError as error:
         raise recipe.error("adapter", problem=str(error)) from error
 

@@ -13,6 +13,7 @@ from typing import Any
 from veneer.train.compressed import ending, opened
 from veneer.train.errors import DataError, nearest
 from veneer.train.named_labels import names_in_schema, with_names
+from veneer.train.nested import column_names, schema_names
 
 __all__ = ["FORMATS", "head", "read_conll", "read_rows", "rows_with_lines"]
 
@@ -80,13 +81,13 @@ def read_rows(
 def head(
     path: Path, fmt: str, tokens: int | None = None, labels: int | None = None, field: str | None = None
 ) -> list[str]:
-    """The column names of a file, from its header or its first row."""
+    """The column names of a file, from its header or its first row; `a.b` is b in the object a."""
     if fmt == "parquet":
         import pyarrow.parquet
 
-        return list(_open_parquet(pyarrow.parquet.read_schema, path).names)
+        return schema_names(_open_parquet(pyarrow.parquet.read_schema, path))
     for _, row in rows_with_lines(path, fmt, tokens, labels, field):
-        return list(row)
+        return column_names(row)
     raise DataError("holds no rows", file=path, hint="Give a file with at least one row.")
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 from veneer.train import fields
 from veneer.train.data_spec import DataSpec, Section
 from veneer.train.errors import RecipeError, nearest
+from veneer.train.nested import direction_of
 from veneer.train.yaml_source import SHORT, Source, apply_override, merge_flags, read_yaml
 
 __all__ = [
@@ -156,6 +157,7 @@ def build_recipe(
     except pydantic.ValidationError as error:
         raise _first_problem(error, source) from None
     recipe._source = source
+    recipe.data._direction = direction_of(recipe.base.name, str(recipe.options.get("source_prefix", "")))
     return recipe
 
 

@@ -94,6 +94,8 @@ class Task:
     writes: ClassVar[bool] = False
     #: the loss is a cross entropy over labels, which `train.label_smoothing_factor` can smooth
     smooths: ClassVar[bool] = True
+    #: its source and target may be two languages of one `translation` column
+    translates: ClassVar[bool] = False
     #: a head that the base lacks may start from random values
     new_head: ClassVar[bool] = True
 
@@ -127,6 +129,10 @@ class Task:
     def plan_train(self, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Plan:
         """Tokens and labels of the training rows, and what they say about the labels. Raises DataError."""
         raise NotImplementedError
+
+    def row_warnings(self, recipe: Recipe, plan: Plan, train: Table, test: Table | None) -> list[str]:
+        """What is odd about the rows in the task's own eyes."""
+        return []
 
     def more_rows(self, plan: Plan, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Dataset:
         """Tokens and labels of further training rows, read as the plan's were. Raises DataError."""
@@ -172,6 +178,12 @@ class Task:
         rest = {key: value for key, value in batch.items() if key != "labels"}
         # a prompt method's virtual tokens come first and have no label
         return model(**rest).logits[:, -batch["labels"].shape[1] :]
+
+    def read(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """What of the model's outputs the loss is made of, perhaps with some that follow from the same."""
+        import torch
+
+        return [out for out in model(**batch).to_tuple() if isinstance(out, torch.Tensor) and out.is_floating_point()]
 
     def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
         """A loss of a batch of that shape on tensors without data, which needs what training's loss needs.

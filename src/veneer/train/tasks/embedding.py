@@ -153,6 +153,10 @@ class Embedding(Task):
         rows = predict_logits(loaded, table, recipe, ("anchor",), self.embed)
         return [{"embedding": vector.tolist()} | ({"cut": True} if cut else {}) for vector, cut in rows]
 
+    def read(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The hidden states; a pooler's output is not looked at."""
+        return [model(**batch).last_hidden_state]
+
     def meta_loss(self, model: Any, rows: int, tokens: int, labelled: float) -> Loss:
         """Two texts a row, or three."""
         from veneer.train.meta_loss import outputs_loss

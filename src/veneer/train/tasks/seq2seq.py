@@ -54,6 +54,7 @@ class Seq2Seq(Task):
     train_defaults: ClassVar[dict[str, Any]] = {"learning_rate": 5e-4, "per_device_train_batch_size": 8}
     metrics: ClassVar[tuple[str, ...]] = text_scores.CHOICES
     new_head: ClassVar[bool] = False
+    translates: ClassVar[bool] = True
     asks: ClassVar[tuple[tuple[str, ...], ...]] = (("source",), ("text",))
     Options: ClassVar[type] = Seq2SeqOptions
 

@@ -15,6 +15,7 @@ from veneer.train.encode import IGNORE
 from veneer.train.entities import spans, tag_words, words_of
 from veneer.train.errors import nearest
 from veneer.train.processes import merged
+from veneer.train.schemes import breaks, scheme_of, tags_are_entities
 from veneer.train.tasks.base import Outcome, Plan, Task, text_problem, token_limit
 
 if TYPE_CHECKING:
@@ -74,7 +75,16 @@ class TokenCls(Task):
         plan = Plan(train=dataset, label_names=names)
         if cut:
             plan.notes.append(f"{cut} of {len(train)} training rows are cut to {limit} tokens.")
+        if _metric(recipe, names) == "entities":
+            plan.notes.append(f"The labels are read as {_scheme(recipe, train)}; scores are of whole entities.")
         return plan
+
+    def row_warnings(self, recipe: Recipe, plan: Plan, train: Table, test: Table | None) -> list[str]:
+        """Labels that break the scheme of the training rows, with the first of them."""
+        if _metric(recipe, plan.label_names or []) != "entities":
+            return []
+        scheme = _scheme(recipe, train)
+        return [text for table in (train, test) if table is not None for text in _broken(table, scheme)]
 
     def more_rows(self, plan: Plan, recipe: Recipe, train: Table, tokenizer: Any, config: Any) -> Any:
         """Tokens and labels under the plan's label names."""
@@ -167,11 +177,35 @@ class TokenCls(Task):
 def _metric(recipe: Recipe, names: Sequence[str]) -> str:
     metric = recipe.eval.metric
     if metric == "auto":
-        return "entities" if metrics.tags_are_iob(names) else "accuracy"
-    if metric == "entities" and not metrics.tags_are_iob(names):
-        hint = "Entities are labelled O, B-name and I-name; set `eval.metric: accuracy` for other labels."
+        return "entities" if tags_are_entities(names) else "accuracy"
+    if metric == "entities" and not tags_are_entities(names):
+        hint = "Entities are O, B-name, I-name (or in IOE, IOBES, BILOU); set `eval.metric: accuracy` for other labels."
         raise recipe.error("eval", "metric", problem=f"the labels are {', '.join(names)}", hint=hint)
     return metric
+
+
+def _scheme(recipe: Recipe, train: Table) -> str:
+    try:
+        return scheme_of(train.dataset["labels"][:])
+    except ValueError as error:
+        hint = "Write them in one scheme, or set `eval.metric: accuracy`."
+        raise recipe.error("eval", "metric", problem=str(error), hint=hint) from None
+
+
+def _broken(table: Table, scheme: str) -> list[str]:
+    """What is said of labels that break a scheme, with three examples."""
+    rows = ((row, labels, breaks(labels, scheme)) for row, labels in enumerate(table.dataset["labels"]))
+    wrong = [(row, labels, places) for row, labels, places in rows if places]
+    if not wrong:
+        return []
+    shown = []
+    for row, labels, places in wrong[:3]:
+        i, words = places[0], table.dataset["tokens"][row]
+        around = " ".join(labels[max(0, i - 1) : i + 2])
+        shown.append(f"{table.places[row]}, word {i + 1} ({words[i]!r}), {labels[i]} in `{around}`")
+    number = sum(len(places) for _, _, places in wrong)
+    what = f"{number:,} label{'' if number == 1 else 's'} in {len(wrong):,} of {len(table):,} rows"
+    return [f"{what} of {table.path.name} {'breaks' if number == 1 else 'break'} {scheme}: {'; '.join(shown)}."]
 
 
 def _label_names(train: Table, config: Any) -> list[str]:
