@@ -232,3 +232,42 @@ def test_layers_take_the_node_where_it_applies(name: str, how: str, monkeypatch:
         torch.testing.assert_close(model(x), wanted)
     beside = name in ("FRoD", "OSF", "OFT", "FourierFT")  # their nodes do not hold the product with the base's weight
     assert calls == [] or (beside and how == "hook")
+
+
+@pytest.mark.parametrize("picked", [[0, 3, 4], []])
+def test_a_change_at_some_rows_has_autograds_own_gradients(picked: list[int]) -> None:
+    from veneer.row_kernels import add_rows, linear_and_rows
+
+    torch.manual_seed(0)
+    x, W, b = torch.randn(2, 3, 4).double(), torch.randn(5, 4).double(), torch.randn(5).double().requires_grad_()
+    C, at = torch.randn(5, 4).double().requires_grad_(), torch.tensor(picked, dtype=torch.long)
+    x.requires_grad_()
+
+    def fast(x: torch.Tensor, b: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+        y, rows = linear_and_rows(x, W, b, at)
+        return add_rows(y, torch.tanh(rows @ C.mT), at).sin()
+
+    def plain(x: torch.Tensor, b: torch.Tensor, C: torch.Tensor) -> torch.Tensor:
+        change = torch.tanh(x.flatten(0, 1)[at] @ C.mT)
+        return ((x @ W.mT + b).flatten(0, 1).index_add(0, at, change)).view(2, 3, 5).sin()
+
+    torch.testing.assert_close(fast(x, b, C), plain(x, b, C))
+    assert gradcheck(fast, (x, b, C))
+    assert gradgradcheck(fast, (x, b, C))
+    for got, want in zip(
+        torch.autograd.grad(fast(x, b, C).sum(), (x, b, C)),
+        torch.autograd.grad(plain(x, b, C).sum(), (x, b, C)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_change_at_some_rows_keeps_no_input() -> None:
+    from veneer.row_kernels import add_rows, linear_and_rows
+
+    x, W = torch.randn(1000, 64, requires_grad=True), torch.randn(32, 64)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        y, rows = linear_and_rows(x, W, None, torch.tensor([7, 8]))
+        add_rows(y, rows @ W.mT, torch.tensor([7, 8]))
+    assert 0 < sum(kept) < x.nbytes / 4

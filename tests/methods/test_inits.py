@@ -282,12 +282,19 @@ def test_eva_says_what_is_missing() -> None:
         veneer.initialize_lora_eva_weights(made)
     with pytest.raises(AdapterError, match="empty"):
         veneer.initialize_lora_eva_weights(made, [], show_progress_bar=False)
-    few = [torch.randn(1, 20)]
-    with pytest.raises(AdapterError, match="fewer rows"):
-        veneer.initialize_lora_eva_weights(
-            made, few, forward_fn=lambda m, x: m(x), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
-            show_progress_bar=False,
-        )  # fmt: skip
+    with pytest.raises(AdapterError, match="a batch is a str; batches are the model's arguments by name"):
+        veneer.initialize_lora_eva_weights(made, ["text"], prepare_model_inputs_fn=None, show_progress_bar=False)
+    broken = torch.full((40, 20), float("nan"))
+    for data, said in (
+        ([torch.randn(1, 20)], "fewer rows"),
+        ([torch.randn(2, 20)], "fewer rows"),  # ten times two rows are two rows
+        ([broken], "the inputs of .*up are not finite"),
+    ):
+        with pytest.raises(AdapterError, match=said):
+            veneer.initialize_lora_eva_weights(
+                made, data, forward_fn=lambda m, x: m(x), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
+                show_progress_bar=False,
+            )  # fmt: skip
 
 
 # -- LoftQ -----------------------------------------------------------------------------------------------------

@@ -164,6 +164,17 @@ def test_alora_with_caches(invoked: tuple[Any, Any]) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way", [{"prefill_chunk_size": 2}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}], ids=str)
+def test_alora_generates_the_same_however_the_prompt_is_read(
+    invoked: tuple[Any, Any], way: dict[str, Any], search: dict[str, Any]
+) -> None:
+    """A prompt in pieces cuts an invocation in two, or has a later one that a first piece cannot know of."""
+    _, ours = invoked
+    assert generate(ours, **way, **search) == generate(ours, **search)
+
+
+@torch.no_grad()
 def test_alora_with_left_padding_and_without_ids(invoked: tuple[Any, Any]) -> None:
     _, ours = invoked
     ids = torch.cat([torch.zeros(5, 3, dtype=torch.long), IDS], 1)

@@ -117,7 +117,7 @@ def test_reentrant_checkpointing_of_a_prefix_is_refused() -> None:
             ("bloom", "SEQ_CLS"),
             ("bert", "SEQ_CLS"),
         ]
-        + [("bert", "TOKEN_CLS"), ("gpt2", "QUESTION_ANS"), ("llama", "FEATURE_EXTRACTION")]
+        + [("bert", "TOKEN_CLS"), ("roberta", "TOKEN_CLS"), ("gpt2", "QUESTION_ANS"), ("llama", "FEATURE_EXTRACTION")]
     ),
 )
 def test_padded_row_equals_the_row_alone(method: str, pad: str, arch: str, task: str) -> None:

@@ -333,3 +333,12 @@ def test_every_config_has_pefts_fields() -> None:
         assert {k: v for k, v in ours.items() if k != "allow_unmatched"} == theirs
     model = get_peft_model(make("llama", "CAUSAL_LM"), config("prompt", "CAUSAL_LM"))
     assert isinstance(model.prompt_encoder["default"], veneer.PromptEmbedding)
+
+
+def test_one_task_needs_no_ids() -> None:
+    model, data = adapted("multitask", "llama", "CAUSAL_LM", num_tasks=1), batch("CAUSAL_LM")
+    given = model(**data, task_ids=torch.zeros(2, dtype=torch.long)).logits
+    assert torch.equal(model(**data).logits, given)
+    ids = data["input_ids"]
+    want = model.generate(ids, task_ids=torch.zeros(2, dtype=torch.long), max_new_tokens=3, num_beams=2)
+    assert torch.equal(model.generate(ids, max_new_tokens=3, num_beams=2), want)

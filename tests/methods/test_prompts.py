@@ -301,10 +301,6 @@ def test_calls_that_do_not_fit() -> None:
             model(ids, attention_mask=torch.ones(2, 4))
         with pytest.raises(AdapterError, match=r"needs it as \(rows, length\)"):
             model(ids, attention_mask=torch.ones(2, 1, 6, 6))
-        with pytest.raises(AdapterError, match="cache_implementation='static'"):
-            model.generate(ids, cache_implementation="static")
-        with pytest.raises(AdapterError, match="assistant_model"):
-            model.generate(ids, assistant_model=model)
 
 
 def test_a_file_of_another_shape(tmp_path: Any) -> None:

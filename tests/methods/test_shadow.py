@@ -224,3 +224,26 @@ def test_what_does_not_fit() -> None:
         past = model(ids, use_cache=True).past_key_values
     with pytest.raises(AdapterError, match="filled without the shadow"):
         model(ids, past_key_values=past)
+
+
+@pytest.mark.parametrize(("arch", "settings"), [("llama", {}), ("llama", OWN), ("gpt2", NARROW)])
+def test_loaded_before_the_base(arch: str, settings: dict, tmp_path: Any) -> None:
+    """Onto a base without weights yet, as large ones are loaded: the shadow's own buffers are in no file."""
+    whole, _ = both(arch, "CAUSAL_LM", settings)
+    whole.save_pretrained(str(tmp_path))
+    empty = make(arch, "CAUSAL_LM")
+    for module in empty.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(p.to("meta"), requires_grad=False))
+    model = PeftModel.from_pretrained(empty, str(tmp_path), low_cpu_mem_usage=True).eval()
+    own = model.base_model.shadow_backbone
+    assert not any(t.is_meta for t in (*own.parameters(), *own.buffers()))
+    inside, weights = model.get_base_model(), make(arch, "CAUSAL_LM").state_dict()
+    named = {
+        k: weights[k.replace(".base_layer", "")] for k in inside.state_dict() if k.replace(".base_layer", "") in weights
+    }
+    assert len(named) == len(weights)
+    inside.load_state_dict(named, strict=False, assign=True)
+    data = batch("CAUSAL_LM", "left")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**data).logits, whole(**data).logits, **CLOSE)

@@ -9,7 +9,7 @@ drawn as by default.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,11 @@ def fill(A: Tensor, B: Tensor, weight: Callable[[], Tensor], p: View, cfg: Any) 
 
 
 def _call(model: Any, inputs: Any) -> Any:
+    if not isinstance(inputs, Mapping):
+        raise AdapterError(
+            f"EVA: a batch is a {type(inputs).__name__}; batches are the model's arguments by name, or "
+            "pass forward_fn to call it another way"
+        )
     return model(**inputs)
 
 

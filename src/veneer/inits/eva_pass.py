@@ -69,6 +69,8 @@ class Passes:
     def rows(self, x: Tensor, batch: Any, name: str) -> Tensor:
         make: Any = self.of_layer.get(name) if isinstance(self.of_layer, Mapping) else self.of_layer
         out = x.flatten(0, -2) if make is None else make(x, batch, name)
+        if not bool(torch.isfinite(out).all()):
+            raise AdapterError(f"EVA: the inputs of {name} are not finite: a batch or the base's weights hold NaN")
         return out.detach().float() if not self.gather else _everyone(out.detach().float())
 
 
@@ -123,12 +125,7 @@ def run(model: nn.Module, layers: list[Layer], data: Iterable[Any], config: Any,
             distribute(layers)
             if all(x.source.settled(tau) for x in layers):
                 return
-    short = [x.name for x in layers if x.source.pca.rows == 0]
-    if short:
-        raise AdapterError(
-            f"EVA: {short[0]} ({len(short)} layers) saw fewer rows than the {layers[0].pca.n} directions it needs; "
-            "give more or larger batches, or lower r or rho"
-        )
+        _check_enough(layers)  # the same rows once more would hold nothing new
     open_ones = [x.name for x in layers if not x.source.settled(tau)]
     warnings.warn(
         f"EVA: after {ROUNDS} rounds the directions of {len(open_ones)} layers ({open_ones[0]}, ...) still move by "
@@ -136,6 +133,15 @@ def run(model: nn.Module, layers: list[Layer], data: Iterable[Any], config: Any,
         PeftWarning,
         stacklevel=4,
     )
+
+
+def _check_enough(layers: list[Layer]) -> None:
+    short = [x for x in layers if x.source.pca.rows == 0]
+    if short:
+        raise AdapterError(
+            f"EVA: {short[0].name} ({len(short)} layers) saw fewer rows than the {short[0].pca.n} directions it needs; "
+            "give more or larger batches, or lower r or rho"
+        )
 
 
 def _one_batch(model: nn.Module, layers: list[Layer], batch: Any, config: Any, passes: Passes) -> None:

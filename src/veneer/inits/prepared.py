@@ -50,7 +50,8 @@ def wanted(model: nn.Module, config: Any) -> list[Wanted]:
             out.append(Wanted(m.name, site, cfg.for_layer(m.name)))
     if not out:
         raise AdapterError(
-            f"init_lora_weights={config.init_lora_weights!r} looks at linear layers (nn.Linear, Conv1D), and "
+            f"No supported layers found: init_lora_weights={config.init_lora_weights!r} looks at linear layers "
+            "(nn.Linear, Conv1D), and "
             f"target_modules={config.target_modules!r} names none"
         )
     return out

@@ -59,6 +59,8 @@ class AdaLoraConfig(LoraConfig):
     kept: ClassVar[int | None] = None  # of one layer's config: the triplets that its file holds
 
     def __post_init__(self) -> None:
+        if self.init_lora_weights == "loftq":
+            raise ValueError("PeftType.ADALORA does not support LOFTQ; use LoraConfig, or init_lora_weights=True.")
         super().__post_init__()
         self.peft_type = "ADALORA"
         if self.use_dora:

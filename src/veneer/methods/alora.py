@@ -6,7 +6,7 @@ Greenewald et al. 2025, arXiv:2504.12397, section 3.
     lora_A.weight (r, inp)   lora_B.weight (out, r)   lora_B.bias (out,)
 No merged weight, since it depends on the token. A key/value cache that the base alone has filled may be passed on. On
 layers called outside a model's call, where no token ids are known, it acts everywhere. An invocation that a cached call
-cuts in two is not seen.
+of the model cuts in two is not seen; generate(prefill_chunk_size=...) sees it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import AdapterError, PeftWarning
+from ..int8 import int8_weight
 from ..kernels import plain_autograd
+from ..row_kernels import add_rows, linear_and_rows
 from ..site import Site
 from ..view import View
 from .lora import LoraFactors, lora_bias_delta, lora_check
@@ -45,11 +47,13 @@ def starts(ids: Tensor, tokens: Sequence[int], end: int | None = None) -> Tensor
 class Watch:
     """Says, before each call of the base within one call of the model, on which tokens each adapter acts.
 
-    tokens: adapter -> its invocation. end: the prompt's length; what is generated after it invokes nothing.
+    tokens: adapter -> its invocation. prompt: the input's ids (rows, length); what is generated after it invokes
+    nothing, and where the base reads it in pieces an invocation is found across them.
     """
 
-    def __init__(self, host: Any, tokens: dict[str, Sequence[int]], end: int | None):
-        self.host, self.tokens, self.end = host, tokens, end
+    def __init__(self, host: Any, tokens: dict[str, Sequence[int]], prompt: Tensor | None):
+        self.host, self.tokens, self.prompt = host, tokens, prompt
+        self.fresh: bool | None = None  # whether the first call found no cache
         self.begun: dict[str, Tensor] = {}
 
     def before(self, module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -67,6 +71,7 @@ class Watch:
         if given is None or (ids is not None and (ids.is_floating_point() or ids.dim() != 2)):
             return  # not a language model's call
         past = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+        self.fresh = not past if self.fresh is None else self.fresh
         known = getattr(cache, "alora_starts", {}) if past else {}
         where = torch.arange(past, past + given.shape[1], device=given.device)
         self.begun = {n: self.begin(n, ids, given, past, known.get(n)) for n in self.tokens}
@@ -82,8 +87,10 @@ class Watch:
             n = past + given.shape[1]
             return torch.tensor([NEVER if not o or o < 1 else n - int(o) for o in offsets], device=given.device)
         first = torch.full((len(given),), NEVER, device=given.device)
-        if ids is not None:
-            end = None if self.end is None else max(self.end - past, 0)
+        if ids is not None and (whole := self.whole(len(ids), past)) is not None:
+            first = starts(whole, self.tokens[name]).to(first.device)
+        elif ids is not None:
+            end = None if self.prompt is None else max(self.prompt.shape[1] - past, 0)
             found = starts(ids, self.tokens[name], end)
             first = torch.where(found == NEVER, first, found + past)
         if known is None:
@@ -91,6 +98,13 @@ class Watch:
         if len(known) != len(first):
             raise AdapterError(f"the cache was filled for {len(known)} rows and is used for {len(first)}")
         return torch.where(first == NEVER, known.to(first.device), first)
+
+    def whole(self, rows: int, past: int) -> Tensor | None:
+        """The prompt for so many rows, where this call reads the prompt, or a piece of it, from its beginning on."""
+        prompt = self.prompt
+        if prompt is None or not self.fresh or past >= prompt.shape[1] or not len(prompt) or rows % len(prompt):
+            return None
+        return prompt.repeat_interleave(rows // len(prompt), 0)
 
     def after(self, module: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         """Leave the starts on the cache, for calls that go on from it."""
@@ -120,8 +134,8 @@ class ALoRA(LoraFactors):
     def listener(self, tuner: Any, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
         configs = {n: c for n, c in tuner.peft_config.items() if getattr(c, "alora_invocation_tokens", None)}
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-        end = ids.shape[1] if torch.is_tensor(ids) and ids.dim() == 2 else None
-        watch = Watch(tuner.host, {n: c.alora_invocation_tokens for n, c in configs.items()}, end)
+        prompt = ids if torch.is_tensor(ids) and ids.dim() == 2 and not ids.is_floating_point() else None
+        watch = Watch(tuner.host, {n: c.alora_invocation_tokens for n, c in configs.items()}, prompt)
         first = tuner.model.register_forward_pre_hook(watch.before, with_kwargs=True)
         last = tuner.model.register_forward_hook(watch.after, with_kwargs=True)
         try:
@@ -146,22 +160,33 @@ class ALoRA(LoraFactors):
         )
 
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
+        plain = not args and not kwargs and base.plain(x)
+        at = self.some(ps[0], x) if plain and len(ps) == 1 else None
+        if at is not None and not base.weight().requires_grad and int8_weight(ps[0].site.module) is None:
+            y, picked = linear_and_rows(x, base.weight(), base.bias(), at)
+            return add_rows(y, self.at_rows(ps[0], picked).to(y.dtype), at)
         y = base(x, *args, **kwargs)
-        fresh = not args and not kwargs and base.plain(x) and y.is_contiguous()  # nobody else holds y
         for p in ps:
-            (B, A), where, bias = self.factors(p), self.acts(p, x), lora_bias_delta(p)
-            at = p.data.get(AT + p.name)
-            if where is not None and at is not None and len(at) < where.numel() and plain_autograd(x):
-                h = F.linear(p.drop(x.flatten(0, -2).index_select(0, at)), A)  # the other tokens are not kept
-                change = F.linear(h, B * p.scaling, bias).to(y.dtype)
-                rows = y.reshape(-1, y.shape[-1])
-                if fresh:
-                    rows.index_add_(0, at, change)
-                else:
-                    y = rows.index_add(0, at, change).view(y.shape)
+            at = self.some(p, x)
+            if at is not None:
+                change = self.at_rows(p, x.flatten(0, -2).index_select(0, at)).to(y.dtype)
+                y = y.flatten(0, -2).index_add(0, at, change).view(y.shape)
                 continue
+            (B, A), where, bias = self.factors(p), self.acts(p, x), lora_bias_delta(p)
             h = p.site.down(p.drop(x), A)
             y = p.site.accumulate(y, h if where is None else h * where, B, p.scaling)
             if bias is not None:
                 y = y + (bias if where is None else bias * where).to(y.dtype)
         return y
+
+    def some(self, p: View, x: Tensor) -> Tensor | None:
+        """The numbers of the tokens on which the adapter acts, where they are some of all and can be gathered."""
+        where, at = self.acts(p, x), p.data.get(AT + p.name)
+        if where is None or at is None or len(at) == where.numel() or not plain_autograd(x):
+            return None
+        return at
+
+    def at_rows(self, p: View, picked: Tensor) -> Tensor:
+        """What the adapter adds to these tokens' outputs, (n, out); picked: (n, inp)."""
+        B, A = self.factors(p)
+        return F.linear(F.linear(p.drop(picked), A), B * p.scaling, lora_bias_delta(p))

@@ -37,6 +37,9 @@ class Arrow(Routed):
     dropout = "lora_dropout"
     needs_others = True
 
+    def cannot_merge(self, site: Site) -> str:
+        return f"Cannot merge an active Arrow router adapter: what it does on {site!r} depends on the input"
+
     def check(self, cfg: Any, site: Site) -> None:
         lora_check(cfg, site)
 
@@ -62,7 +65,7 @@ def experts(p: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The task adapters' A one under the other (n * r, inp), B side by side (out, n * r), directions (n, inp) and
     scalings (n,), in the view's dtype. Found again when one of their tensors changes."""
     arrow = p.cfg.arrow_config
-    tasks = [_other(p, name) for name in arrow.task_adapter_names or []]
+    tasks = [_other(p, name) for name in (*(arrow.task_adapter_names or ()), *_later(p))]
     if not 0 < arrow.top_k <= len(tasks):
         raise AdapterError(
             f"Arrow on {p.site!r}: top_k={arrow.top_k} with {len(tasks)} task adapters; top_k is at most their number"
@@ -74,6 +77,14 @@ def experts(p: View) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if held.get("key") != key or any(t.requires_grad for t in used):
         held.update(key=key, made=_made(p, tasks, general))
     return held["made"]
+
+
+def _later(p: View) -> list[str]:
+    """LoRA adapters that were loaded beside the router's own: they are experts, too."""
+    arrow = p.cfg.arrow_config
+    known = {*(arrow.task_adapter_names or ()), *(arrow.gks_adapter_names or ())}
+    plain = {n for n, e in p.layer.entries.items() if e.method.name == "LORA"}
+    return [n for n in p.layer.entries if n in plain - known]
 
 
 def _other(p: View, name: str) -> View:
@@ -116,7 +127,8 @@ def create_arrow_model(
     """A PeftModel that routes between saved LoRA adapters: "task_0", ..., with use_gks also "gks_0", ..., and the
     active "arrow_router".
 
-    Raises ValueError where no path is given, or adapters differ in method, rank or target modules.
+    Raises ValueError where no path is given, or adapters differ in method, rank or target modules, TypeError where
+    they are on other layers than linear ones.
     """
     from ..model import PeftModel
 
@@ -135,6 +147,12 @@ def create_arrow_model(
             model.load_adapter(path, name, **adapter_kwargs)
         _alike(model.peft_config, name)
     assert model is not None
+    for path, layer in model.base_model.adapted_layers():
+        if layer.site.kind != "linear":
+            raise TypeError(
+                f"LoRA adapters must only target Linear layers, whose directions Arrow compares: {path} is "
+                f"{type(layer.get_base_layer()).__name__}"
+            )
     first = model.peft_config[tasks[0]]
     routing = replace(arrow_config, task_adapter_names=tasks, gks_adapter_names=list(general))
     if routing.top_k > len(tasks):

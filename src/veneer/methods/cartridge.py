@@ -65,6 +65,11 @@ class CartridgeEncoder(nn.Module):
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         return whole if indices is None else whole[indices]
 
+    @property
+    def weight(self) -> Tensor:
+        """(n, width), both parts."""
+        return self()  # type: ignore[no-any-return]
+
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Put (n, width) into both. Raises AdapterError for another shape."""
         fits("CARTRIDGE", "prompt_embeddings", prompt_embeddings, tuple(self().shape))

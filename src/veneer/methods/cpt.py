@@ -94,6 +94,15 @@ class CPTEmbedding(nn.Module):
         out = full(self.embedding.weight) + full(held) * (limits > 0)
         return out if indices is None else out[indices]
 
+    def get_epsilon(self) -> Tensor:
+        """(n,) the radii of the balls; 1e-10 where a token stays."""
+        return self.limits.clamp(min=1e-10)
+
+    def get_projection(self) -> Tensor:
+        """(n, width) the trained change, drawn back into its balls."""
+        self()
+        return full(self.delta_embedding.weight) * (self.limits[:, None] > 0)
+
     @staticmethod
     def calculate_loss(base_model_output: Any, labels: Tensor, cpt_type_mask: Tensor, config: Any) -> Any:
         """The output with the loss in it. labels, cpt_type_mask: (rows, length), of context and input."""

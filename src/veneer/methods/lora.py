@@ -88,6 +88,8 @@ class LoraConfig(AdapterConfig):
             )
         for name in lora_options.PARTS:
             setattr(self, name, lora_options.made(name, getattr(self, name)))
+        if self.use_dora and self.megatron_config:
+            raise ValueError("DoRA does not support megatron_core, please set `use_dora=False`.")
         if self.lora_bias and self.use_dora:
             raise ValueError("The argument lora_bias=True is not supported for DoRA, please pass use_dora=False")
         if self.lora_bias and self.init_lora_weights not in (True, False):

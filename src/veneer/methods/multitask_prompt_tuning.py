@@ -7,8 +7,9 @@ arXiv:2303.02861, section 3.1.
     prefix_task_cols  (num_tasks, n, num_ranks)           C
     prefix_task_rows  (num_tasks, num_ranks, token_dim)   R
 
-n is num_virtual_tokens * num_transformer_submodules. A call needs task_ids, one task number a row. For a new task
-(section 3.3) P comes from a file of source tasks, C and R as their mean or as one of theirs. It does not merge.
+n is num_virtual_tokens * num_transformer_submodules. A call needs task_ids, one task number a row, where there are
+several tasks. For a new task (section 3.3) P comes from a file of source tasks, C and R as their mean or as one of
+theirs. It does not merge.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ class MultitaskPromptTuning(Prompt):
             self.loaded(made, cfg, {**self.saved(made, cfg), **_from_sources(cfg)})
         return made
 
-    def prompt(self, encoder: nn.Module, cfg: Any, tasks: Tensor | None) -> Tensor:
+    def prompt(self, encoder: Any, cfg: Any, tasks: Tensor | None) -> Tensor:
+        if tasks is None and cfg.num_tasks == 1:
+            tasks = torch.zeros(1, dtype=torch.long, device=encoder.embedding.weight.device)
         if tasks is None:
             raise AdapterError("task_ids cannot be None: give one task number a row, model(..., task_ids=...)")
         if bool(((tasks < 0) | (tasks >= cfg.num_tasks)).any()):

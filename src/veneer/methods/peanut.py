@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,7 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 class PEANuT(LowRank):
     Config = PeanutConfig
     prefix = "peanut_"
+    derived: ClassVar[dict[str, Callable[[View], Any]]] = {"res_num": lambda p: p.cfg.depth}
 
     def tensors(self, cfg: Any, site: Site) -> dict[str, Spec]:
         out = {"A": Spec((cfg.r, site.out), like="linear"), "B": Spec((site.out, cfg.r), like="linear")}

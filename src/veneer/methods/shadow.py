@@ -113,7 +113,7 @@ class Shadow(Attach):
         score = model._modules.get("score")
         if str(getattr(cfg.task_type, "value", cfg.task_type)) == "SEQ_CLS" and score is not None:
             out["shadow_head"] = copy.deepcopy(getattr(score, "original_module", score))
-        return {k: m.to(embedding.device).requires_grad_(True) for k, m in out.items()}
+        return {k: placed(m, embedding.device).requires_grad_(True) for k, m in out.items()}
 
     def begin(self, cfg: Any, parts: dict[str, Any], model: Any, call: dict[str, Any]) -> dict[str, Any]:
         own, embed = parts["shadow_backbone"], model.get_input_embeddings()
@@ -239,6 +239,15 @@ def backbone(cfg: Any, model: Any) -> Any:
         del made._modules["embed_tokens"]
         made.embed_tokens = None
     return made.float().train(model.training)
+
+
+def placed(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module on the base's device. Where that is meta, what no file holds (rotary frequencies) stays as made."""
+    made = [(m, name, m._buffers[name]) for m in module.modules() for name in m._non_persistent_buffers_set]
+    module.to(device)
+    for m, name, buffer in made if device.type == "meta" else ():
+        m._buffers[name] = buffer
+    return module
 
 
 def shares(cfg: Any, own: Any, embedding: Any) -> bool:

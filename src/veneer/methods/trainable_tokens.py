@@ -75,7 +75,8 @@ class TrainableTokens(Reweight):
             cfg.target_modules = input_embedding(model)
         if cfg.target_modules is None:
             raise AdapterError(
-                f"{type(model).__name__} names no input embedding; set target_modules to the layer's name"
+                f"Target modules embed_tokens not found in the base model. {type(model).__name__} names no input "
+                "embedding; set target_modules to the layer's name"
             )
 
     def check(self, cfg: Any, site: Site) -> None:

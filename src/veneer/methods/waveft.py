@@ -116,6 +116,7 @@ class WaveFT(Additive):
     prefix = "waveft_"
     defaults = "waveft"
     by_weight = True
+    derived: ClassVar[dict[str, Callable[[View], Any]]] = {"waveft_n_frequency": lambda p: p.cfg.n_frequency}
 
     def prepare(self, cfg: Any, model: nn.Module, model_type: str | None) -> None:
         super().prepare(cfg, model, model_type)

@@ -20,7 +20,7 @@ from .. import registry
 from ..errors import AdapterError
 from ..kinds import Prompt
 from ..storage import check_name
-from . import cache, prepend, sizes
+from . import cache, decoding, prepend, sizes
 
 if TYPE_CHECKING:
     from ..model import PeftModel
@@ -37,9 +37,13 @@ def setup(peft_model: PeftModel, adapter_name: str, cfg: Any, fill: bool = True)
     check_name(adapter_name)
     method, base = _method(cfg), peft_model.base_model
     sizes.fill(cfg, base, method.name, method.gives)
-    embedding = base.get_input_embeddings()
+    if method.gives == "cache" and getattr(base, "get_input_embeddings", None) is None:  # it needs no words
+        embedding, device = torch.nn.Module(), next(base.parameters()).device
+    else:
+        embedding = base.get_input_embeddings()
+        device = embedding.weight.device
     made = method.encoder(cfg, embedding, fill and not cfg.inference_mode)
-    peft_model.prompt_encoder[adapter_name] = made.to(embedding.weight.device)
+    peft_model.prompt_encoder[adapter_name] = made.to(device)
 
 
 def forward(peft_model: PeftModel, cfg: Any, args: tuple, kwargs: Call) -> Any:
@@ -59,21 +63,20 @@ def forward(peft_model: PeftModel, cfg: Any, args: tuple, kwargs: Call) -> Any:
 
 def generate(peft_model: PeftModel, cfg: Any, args: tuple, kwargs: Call) -> Any:
     """The base's generate with the prompt in front; the tokens returned are those without a prompt's."""
-    base, kwargs = peft_model.base_model, dict(kwargs)
+    base, method = peft_model.base_model, _method(cfg)
+    kwargs = dict(zip(inspect.signature(base.generate).parameters, args, strict=False)) | kwargs
     tasks = kwargs.pop("task_ids", None)
-    for name in _method(cfg).takes:
+    for name in method.takes:
         kwargs.pop(name, None)
-    _check_generation(base, kwargs)
     if cache.checkpointed(base):
         raise AdapterError("generate in training mode under gradient checkpointing has no cache; call model.eval()")
     rewrite = _rewriter(peft_model, cfg, tasks, None)
-    if sizes.encoder_decoder(base) and _method(cfg).gives == "prompt":
-        args, kwargs = _encoder_input(base, args, kwargs, rewrite)  # generate runs the encoder by itself
-    hook = base.register_forward_pre_hook(lambda _, a, call: (a, rewrite(call)), with_kwargs=True)
-    try:
-        return base.generate(*args, **kwargs)
-    finally:
-        hook.remove()
+    before_encoder = sizes.encoder_decoder(base) and method.gives == "prompt"
+    if before_encoder:
+        kwargs = _encoder_input(base, kwargs, rewrite)  # generate runs the encoder by itself
+    n = 0 if before_encoder else cfg.num_virtual_tokens
+    with decoding.prompted(base, n, rewrite, kwargs.get("past_key_values")):
+        return base.generate(**decoding.make_room(base, kwargs, n))
 
 
 def get_prompt(peft_model: PeftModel, batch_size: int, task_ids: Tensor | None = None) -> Any:
@@ -167,10 +170,8 @@ def _rewriter(peft_model: PeftModel, cfg: Any, tasks: Tensor | None, task: str |
     return lambda call: prepend.rewrite(base, make, n, call, task)
 
 
-def _encoder_input(base: Any, args: tuple, kwargs: Call, rewrite: Rewrite) -> tuple[tuple, Call]:
+def _encoder_input(base: Any, kwargs: Call, rewrite: Rewrite) -> Call:
     """generate's arguments with the encoder's input as embeddings, the prompt in front."""
-    if args:
-        kwargs["inputs"], args = args[0], args[1:]
     ids = kwargs.pop("inputs", None)
     ids = kwargs.get("input_ids") if ids is None else ids
     pad = base.config.pad_token_id
@@ -179,15 +180,4 @@ def _encoder_input(base: Any, args: tuple, kwargs: Call, rewrite: Rewrite) -> tu
     call = {"input_ids": ids, "inputs_embeds": kwargs.get("inputs_embeds")}
     new = rewrite({**call, "attention_mask": kwargs.get("attention_mask")})
     kwargs.pop("input_ids", None)
-    return (None, *args) if args else (), {**kwargs, **{k: v for k, v in new.items() if v is not None}}
-
-
-def _check_generation(base: Any, kwargs: Call) -> None:
-    """Ways to generate that count cache positions themselves, and would miscount by the prompt's length."""
-    for key, works in (("prompt_lookup_num_tokens", ()), ("cache_implementation", ("dynamic", "offloaded"))):
-        for config in (base.generation_config, kwargs.get("generation_config")):
-            asked = kwargs.get(key, getattr(config, key, None))
-            if asked is not None and asked not in works:
-                raise AdapterError(f"generate({key}={asked!r}) has no room for a prompt; leave it out")
-    if kwargs.get("assistant_model") is not None:
-        raise AdapterError("generate(assistant_model=...) cannot count a prompt in the cache; leave it out")
+    return {**kwargs, **{k: v for k, v in new.items() if v is not None}}

@@ -65,7 +65,7 @@ def rewrite(base: Any, pairs: Pairs, call: Call) -> Call:
     elif start == 0 and sizes.accepts(base, position):
         counted = masks.after_padding(given, n)
         if counted is not None:
-            call[position] = counted
+            call[position] = counted + sizes.first_position(base)
     call[f"{side}attention_mask"] = masks.cover(given, n, (start or n) + length, f"{side}attention_mask")
     return call
 

@@ -42,12 +42,12 @@ def after_padding(mask: Tensor | None, n: int) -> Tensor | None:
     return (torch.arange(mask.shape[1], device=mask.device) - first).clamp_min(0) + n
 
 
-def shifted(positions: Tensor, n: int, prompt: bool) -> Tensor:
-    """The caller's positions (..., length) moved by n; prompt: the virtual tokens' own in front."""
+def shifted(positions: Tensor, n: int, prompt: bool, first: int = 0) -> Tensor:
+    """The caller's positions (..., length) moved by n; prompt: the virtual tokens' own in front, from `first` on."""
     moved = positions + n
     if not prompt:
         return moved
-    own = torch.arange(n, device=positions.device, dtype=positions.dtype)
+    own = torch.arange(first, first + n, device=positions.device, dtype=positions.dtype)
     return torch.cat([own.expand(*positions.shape[:-1], n), moved], dim=-1)
 
 

@@ -63,11 +63,12 @@ def rewrite(base: Any, make: Callable[[int], Tensor], n: int, call: Call, task: 
 def _positions(base: nn.Module, call: Call, n: int) -> None:
     given = call.get("position_ids")
     if given is not None:
-        call["position_ids"] = masks.shifted(given, n, prompt=True)
+        call["position_ids"] = masks.shifted(given, n, True, sizes.first_position(base))
     elif sizes.accepts(base, "position_ids"):
         counted = masks.after_padding(call.get("attention_mask"), 0)
         if counted is not None:
-            call["position_ids"] = masks.shifted(counted, n, prompt=True)
+            first = sizes.first_position(base)
+            call["position_ids"] = masks.shifted(counted + first, n, True, first)
 
 
 def _labels(base: nn.Module, call: Call, n: int, task: str | None) -> None:

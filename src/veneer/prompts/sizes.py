@@ -25,6 +25,13 @@ def accepts(module: nn.Module, name: str) -> bool:
     return name in inspect.signature(module.forward).parameters
 
 
+def first_position(base: nn.Module) -> int:
+    """The number of a sequence's first position: RoBERTa and its like keep those up to the padding's for it."""
+    tables = (m for name, m in base.named_modules() if name.rpartition(".")[2] == "position_embeddings")
+    kept = next((m.padding_idx for m in tables if isinstance(m, nn.Embedding)), None)
+    return 0 if kept is None else kept + 1
+
+
 def causal(base: nn.Module) -> bool:
     """Whether tokens see only those before them."""
     flags = {m.is_causal for m in base.modules() if isinstance(getattr(m, "is_causal", None), bool)}
