@@ -68,7 +68,7 @@ class AutoPeftModel:
         base_kwargs = {k: v for k, v in kwargs.items() if k not in _OWN}
         source, told = cls._told(pretrained_model_name_or_path, cfg)
         base = cls._base(cfg, task, source, {**told, **base_kwargs}, import_allowlist)
-        cls._resize(base, pretrained_model_name_or_path)
+        cls._resize(base, pretrained_model_name_or_path, revision=revision, **where)
         return TASKS.get(task, PeftModel).from_pretrained(
             base,
             pretrained_model_name_or_path,
@@ -125,16 +125,22 @@ class AutoPeftModel:
         return base
 
     @staticmethod
-    def _resize(base: Any, source: str | os.PathLike) -> None:
-        if not os.path.isfile(os.path.join(os.fspath(source), "tokenizer_config.json")) or not hasattr(
-            base, "get_input_embeddings"
-        ):
+    def _resize(base: Any, source: str | os.PathLike, **where: Any) -> None:
+        """where: what says which of a repository's files are meant (revision, subfolder, token, ...)."""
+        from .files import locate
+
+        told = locate(source, "tokenizer_config.json", **where) if hasattr(base, "get_input_embeddings") else None
+        if told is None:
             return
+        from huggingface_hub import constants
         from transformers import AutoTokenizer
 
         from .grow import grow
 
-        grow(base, len(AutoTokenizer.from_pretrained(source)))
+        given = {k: v for k, v in where.items() if v is not None}
+        if constants.HF_HUB_OFFLINE:  # what is kept of the repository, with no look at what is not
+            source, given = os.path.dirname(told), {}
+        grow(base, len(AutoTokenizer.from_pretrained(source, **given)))
 
 
 def _auto(name: str, task: str) -> type[AutoPeftModel]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .kernels import plain_autograd
-from .site import Site
+from .site import Site, watched
 
 if TYPE_CHECKING:
     from .kinds import Method
@@ -39,10 +39,12 @@ class Base:
         return b if self.dtype is None or b is None else b.to(self.dtype)
 
     def exact_for(self, x: Tensor) -> bool:
-        """Whether a change added to the weight keeps its small values: float32 or better throughout, no autocast."""
+        """Whether a product with another weight may take the call's place: a change added to the weight keeps its small
+        values (float32 or better throughout, no autocast), and nobody sees the base's calls."""
         dtype, device = self.site.dtype, x.device
         fine = x.dtype == dtype and dtype in (torch.float32, torch.float64) and self.site.device == device
-        return fine and not self.site.quantised and not torch.is_autocast_enabled(device.type)
+        free = not self.site.quantised and not watched(self.site.module)
+        return fine and free and not torch.is_autocast_enabled(device.type)
 
 
 class Stacked:

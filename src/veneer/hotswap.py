@@ -22,6 +22,7 @@ from .errors import AdapterError, PeftWarning
 from .identity import is_identity
 from .kinds import Spec
 from .layer import Adapted
+from .storage import BufferDict
 from .view import attribute
 
 # settings that say where an adapter sits or how it began
@@ -253,8 +254,9 @@ def _write(w: _Write) -> None:
     """In place where the sizes are equal."""
     old = getattr(w.holder, w.leaf)
     value = w.value.to(device=old.device, dtype=old.dtype)
+    others = w.holder.items() if isinstance(w.holder, BufferDict) else ()
     with torch.no_grad():
-        if old.shape == value.shape:
+        if old.shape == value.shape and all(t is not old or name == w.leaf for name, t in others):
             old.copy_(value)
         elif isinstance(old, nn.Parameter):
             old.data = value

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import re
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from . import base_mark, convert, prompts, schedule, sharded, state
-from .errors import AdapterError
+from . import base_mark, convert, prompts, schedule, sharded, state, vocabulary
 from .files import BIN_NAME, SAFE_NAME, write_bin, write_json, write_tensors, write_text
-from .grow import trains_rows, vocabulary_modules
 
 if TYPE_CHECKING:
     from .model import PeftModel
@@ -34,39 +33,6 @@ def tensors_of(model: PeftModel, adapter: str, *, compact: bool = False) -> dict
     return out
 
 
-def _embeddings(model: PeftModel, adapter: str, mode: str | bool) -> dict[str, Tensor]:
-    """The base's embedding weights where they must travel: asked for, or resized since the base was loaded."""
-    base: Any = model.get_base_model()
-    if mode is False or model.prompt_configs is not None:
-        return {}
-    wanted = vocabulary_modules(base)
-    if mode == "auto":
-        before = _own_vocabulary(model.peft_config[adapter].base_model_name_or_path)
-        now = getattr(getattr(base, "config", None), "vocab_size", None)
-        if before is None or now is None or before == now:
-            return {}
-        if all(trains_rows(m, adapter, range(before, now)) for m in wanted):
-            return {}  # the new rows travel as the adapter's own
-    out = {}
-    for path, module in base.named_modules():
-        if any(module is w for w in wanted):
-            weight = module.weight if not hasattr(module, "original_module") else module.original_module.weight
-            out[f"base_model.model.{path}.weight"] = weight.detach()
-    return out
-
-
-def _own_vocabulary(name: str | None) -> int | None:
-    """The size of the vocabulary in the base's own config on this disk; no network."""
-    path = os.path.join(name or "", "config.json")
-    if not name or not os.path.isfile(path):
-        return None
-    import json
-
-    with open(path, encoding="utf-8") as f:
-        found: int | None = json.load(f).get("vocab_size")
-    return found
-
-
 def save_adapter(
     model: PeftModel,
     adapter: str,
@@ -81,7 +47,7 @@ def save_adapter(
 ) -> None:
     """One adapter into its folder."""
     out = tensors_of(model, adapter, compact=compact) if tensors is None else state.only(tensors, model, adapter)
-    out.update(_embeddings(model, adapter, embeddings))
+    out.update(vocabulary.embeddings(model, adapter, embeddings))
     if any(map(sharded.is_sharded, out.values())):
         out, main = sharded.whole(out), main and sharded.main_here()
     config = copy.copy(model.peft_config[adapter])
@@ -109,10 +75,16 @@ def save_adapter(
     fields = config.to_file_dict(compact=compact)
     if auto is not None:
         fields["auto_mapping"] = auto
-    if not compact and getattr(config, "layers", None) is not None:
+    if not compact and _chosen_apart(config):
         fields["target_modules"] = sorted(model.base_model.targeted[adapter])
     write_json(os.path.join(where, "adapter_config.json"), fields)
     write_card(model, folder, config)
+
+
+def _chosen_apart(config: Any) -> bool:
+    """Whether keys that only veneer reads, which the file leaves out, choose among the layers."""
+    own = {field.name for field in dataclasses.fields(config) if field.metadata.get("veneer")}
+    return any(getattr(config, name) for name in {"layers", "exclude_modules", "allow_unmatched"} & own)
 
 
 def push(
@@ -267,28 +239,11 @@ def put(
         if bias is not None and bias.shape == value.shape:
             bias.data = value.to(bias)
             return True
-        path = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
-        if not key.endswith(".weight"):
-            return False
-        for module in vocabulary_modules(base):
-            if _path_of(base, module) == path:
-                weight: Any = module.weight
-                if weight.shape != value.shape:
-                    raise AdapterError(
-                        f"{key}: the file's embedding is {tuple(value.shape)}, the model's {tuple(weight.shape)}; call "
-                        f"model.resize_token_embeddings({value.shape[0]}) on the base before loading"
-                    )
-                weight.data = value.to(weight)
-                return True
-        return False
+        return vocabulary.take(base, key, value)
 
     return state.put(
         model.base_model, adapter, tensors, ignore_mismatched_sizes=ignore_mismatched_sizes, extra=embedding
     )
-
-
-def _path_of(model: nn.Module, wanted: nn.Module) -> str | None:
-    return next((path for path, m in model.named_modules() if m is wanted), None)
 
 
 def _put_prompt(model: PeftModel, adapter: str, tensors: dict[str, Tensor], ignore: bool) -> state.LoadReport:

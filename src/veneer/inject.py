@@ -122,7 +122,7 @@ def inject(tuner: Tuner, name: str, cfg: Any, *, meta: bool = False, fill: bool 
     if fill:
         handoff.inherit(tuner, name)
     if getattr(cfg, "ensure_weight_tying", False) and not getattr(cfg, "modules_to_save", None):
-        tying.tie_factors(name, [t.layer for t in targets])
+        tying.tie_factors(tuner.model, name, [t.layer for t in targets])
     tokens.tie_targets(tuner, name, method, targets)
     tokens.inject_option(tuner, name, cfg, meta=meta, fill=fill)
     return [m.name for m in matches]
@@ -225,6 +225,8 @@ def _place_shared(
         value = made if made.device == device or device.type == "meta" else made.to(device)  # drawn ones stay
         if spec.train:
             value = value.to(device="meta" if meta else device, dtype=tuner.adapter_dtype(site), copy=True)
+        elif isinstance(held := tuner._modules.get(key), storage.BufferDict):
+            value = held.twin(value)  # adapters of one seed hold its projections once
         storage.place(tuner, key, name, spec, value, site)
     tuner.shared_specs[name] = specs
     return tuner, specs

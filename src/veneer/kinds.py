@@ -173,6 +173,10 @@ class Method(ABC):
     def scaling(self, cfg: Any) -> float:
         return 1.0
 
+    def cannot_merge(self, site: Site) -> str:
+        """What a refused merge says, where `mergeable` is false."""
+        return f"{self.name} on {site!r} depends on the input and has no merged weight"
+
     @abstractmethod
     def forward(self, ps: Sequence[View], x: Tensor, base: Any, args: tuple, kwargs: dict) -> Tensor:
         """The adapted layer's output for active adapters `ps`."""

@@ -38,6 +38,7 @@ class Adapted(nn.Module):
         self.base_layer = site.module if base is None else base
         self.site, self.host = site, host
         self.entries: dict[str, Entry] = {}
+        self._scalings = Scalings(self.entries)
         self.merged_adapters: list[str] = []
         self.own_active: tuple[str, ...] | None = None
         self.own_enabled = True
@@ -264,11 +265,15 @@ class Adapted(nn.Module):
 
     @property
     def scaling(self) -> Scalings:
-        return Scalings(self.entries)
+        return self._scalings
 
     @scaling.setter
     def scaling(self, values: Mapping[str, float]) -> None:
-        self.scaling.update(values)
+        """As any assignment: whoever read the scalings before keeps the numbers that he read."""
+        values = dict(values)
+        self._scalings.keep()
+        self._scalings = Scalings(self.entries)
+        self._scalings.update(values)
 
     def plan(self, dtype: torch.dtype | None) -> tuple[Group, ...]:
         if torch.compiler.is_dynamo_compiling():
@@ -365,7 +370,7 @@ class Adapted(nn.Module):
         for name in names:
             if name in self.entries and not self.entries[name].method.mergeable:
                 method = self.entries[name].method
-                raise CannotMerge(f"{method.name} on {self.site!r} depends on the input and has no merged weight")
+                raise CannotMerge(method.cannot_merge(self.site))
         W, b = self.site.weight().detach(), self.site.bias()
         work = torch.promote_types(W.dtype, torch.float32)
         W, b = W.to(work), None if b is None else b.detach().to(work)
@@ -481,11 +486,14 @@ class Adapted(nn.Module):
         base = type(self.get_base_layer()).__name__
         if base in ("Conv1D", "NonDynamicallyQuantizableLinear"):
             base = "Linear"
+        if self.site.kind == "parameter":
+            base = "ParamWrapper"
         first = next(iter(self.entries.values()), None)
         return type(self).__name__ if first is None else f"{first.method.name.lower()}.{base}"
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{n}: {e.method.name}" for n, e in self.entries.items())
+        what = [f"parameter_name={self.site.names[0]!r}"] if self.site.kind == "parameter" else []
+        return ", ".join(what + [f"{n}: {e.method.name}" for n, e in self.entries.items()])
 
 
 def _called(method: Method, views: tuple[View, ...], base: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -39,12 +39,20 @@ class PeftMixedModel(PeftModel):
         _no_prompt(peft_config)
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
-    def delete_adapter(self, adapter_name: str | Iterable[str]) -> None:
-        """Remove adapters: all that are named, or none where one of them is unknown or merged."""
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        missing = sorted(set(names) - set(self.peft_config))
+    def known(self, names: str | Iterable[str]) -> list[str]:
+        """The names as a list; ValueError that names all those that are not adapters of this model."""
+        listed = [names] if isinstance(names, str) else list(names)
+        missing = sorted(set(listed) - set(self.peft_config))
         if missing:
             raise ValueError(f"Adapter(s) {missing} not found, available adapters: {sorted(self.peft_config)}")
+        return listed
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        super().set_adapter(self.known(adapter_name), inference_mode)
+
+    def delete_adapter(self, adapter_name: str | Iterable[str]) -> None:
+        """Remove adapters: all that are named, or none where one of them is unknown or merged."""
+        names = self.known(adapter_name)
         merged = {n for _, layer in self.base_model.adapted_layers() for n in layer.merged_adapters}
         if held := sorted(merged.intersection(names)):
             raise AdapterError(f"Cannot delete adapter(s) {held} while they are merged. Please unmerge them first.")

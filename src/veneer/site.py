@@ -191,10 +191,15 @@ def _accumulate(y: Tensor, h: Tensor, B: Tensor, scaling: float) -> Tensor:
     return flat.reshape(y.shape)
 
 
-def _plain(module: nn.Module) -> bool:
+def watched(module: nn.Module) -> bool:
+    """Whether somebody sees the module's calls: hooks, or a forward put over its class's."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    own = type(module._parameters.get("weight")) is nn.Parameter and "forward" not in module.__dict__
-    return own and not hooks and not _has_any_global_hook()
+    return bool(hooks) or "forward" in module.__dict__
+
+
+def _plain(module: nn.Module) -> bool:
+    own = type(module._parameters.get("weight")) is nn.Parameter
+    return own and not watched(module) and not _has_any_global_hook()
 
 
 class LinearSite(Site):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from . import convert, sharded, share
 from .errors import AdapterError, LoadError, NoMatchingPeftModuleError
 from .kinds import Spec
+from .storage import BufferDict
 from .walk import walk
 
 if TYPE_CHECKING:
@@ -241,7 +242,8 @@ def _assign(place: Place, value: Tensor, report: LoadReport, made: dict[int, nn.
     value = value.to(device=device, dtype=old.dtype)
     report.loaded += 1
     if not isinstance(old, nn.Parameter):
-        setattr(place.holder, place.leaf, value)
+        shared = isinstance(place.holder, BufferDict) and any(place.holder is m for m in tuner._modules.values())
+        setattr(place.holder, place.leaf, place.holder.twin(value) if shared else value)
     elif id(old) in made:  # the same tensor under several names: shared between layers
         place.holder._parameters[place.leaf] = made[id(old)]
     elif old.is_meta:
@@ -320,13 +322,13 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """File key -> tensor of one adapter, of a PeftModel or of a model that inject_adapter_in_model changed (of that,
     tensors that wait on the meta device too)."""
-    from . import hub
+    from . import hub, vocabulary
     from .model import PeftModel
 
     model, state_dict = _inner(model, state_dict)
     if isinstance(model, PeftModel):
         out = hub.tensors_of(model, adapter_name) if state_dict is None else only(state_dict, model, adapter_name)
-        out.update(hub._embeddings(model, adapter_name, save_embedding_layers))
+        out.update(vocabulary.embeddings(model, adapter_name, save_embedding_layers))
         return out
     return collect(tuner_of(model), adapter_name, prefix="", given=state_dict, meta=True)
 

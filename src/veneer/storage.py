@@ -76,6 +76,12 @@ class BufferDict(nn.Module):
         for key, value in dict(buffers).items():
             self[key] = value
 
+    def twin(self, value: Tensor) -> Tensor:
+        """An equal tensor that is held here under another name, else `value`: what is never written needs one place."""
+        like = lambda t: t.shape == value.shape and t.dtype == value.dtype and t.device == value.device
+        same = lambda t: t is value or (like(t) and not t.is_meta and torch.equal(t, value))
+        return next((t for t in self.values() if same(t)), value)
+
     def extra_repr(self) -> str:
         return "\n".join(f"({k}): {v.dtype} {tuple(v.shape)}" for k, v in self.items())
 

@@ -27,7 +27,10 @@ from .view import attribute
 from .walk import walk
 
 #: methods that peft's tuners have and nothing here calls: compat/on_tuners.py
-PEFT_ONLY = ("_get_kasa_loss", "_get_monteclora_loss", "get_nb_savable_parameters", "print_savable_parameters")
+PEFT_ONLY = (
+    "_get_kasa_loss", "_get_monteclora_loss", "_init_tinylora_v", "_init_vblora_vector_bank",
+    "get_nb_savable_parameters", "print_savable_parameters",
+)  # fmt: skip
 
 
 class Tuner(nn.Module):

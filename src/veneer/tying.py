@@ -29,9 +29,13 @@ def partners(model: nn.Module, path: str) -> list[str]:
     )
 
 
+def _says_untied(model: Any) -> bool:
+    return getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
+
+
 def _tied(model: nn.Module) -> list[list[str]]:
     """Groups of modules that hold one weight; none where the model's config says that words are not tied."""
-    if getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False:
+    if _says_untied(model):
         return []
     groups: dict[int, list[str]] = {}
     for path, module in plain_modules(model, saved=True):
@@ -76,7 +80,7 @@ def tied_with(model: nn.Module, paths: Iterable[str], cfg: Any) -> dict[str, lis
 def tied_with_embedding(model: Any) -> list[str]:
     """Paths of the modules that hold the input embedding's weight, too; none where the model's config does not tie."""
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(getattr(base, "config", None), "tie_word_embeddings", True) is False:
+    if _says_untied(base):
         return []
     table = base.get_input_embeddings()
     table = table.get_base_layer() if isinstance(table, Adapted) else table
@@ -103,9 +107,12 @@ class Transposed(nn.Module):
             getattr(box, adapter).copy_(value.T)
 
 
-def tie_factors(name: str, layers: Iterable[Adapted]) -> None:
+def tie_factors(model: nn.Module, name: str, layers: Iterable[Adapted]) -> None:
     """Give linear layers the factors of the embedding whose weight they hold, for one LoRA adapter: of several that
-    of the model itself (T5's `shared`), not its encoder's or decoder's."""
+    of the model itself (T5's `shared`), not its encoder's or decoder's. Nothing where the model's config says that
+    words are not tied."""
+    if _says_untied(model):
+        return
     layers = sorted(layers, key=lambda layer: layer.site.name.count("."))
     sources: dict[int, Adapted] = {}
     for layer in layers:

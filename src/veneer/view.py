@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 from functools import cache
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,11 +119,15 @@ class Entry:
 class Scalings(MutableMapping[str, float]):
     """`layer.scaling`: adapter name -> the number that multiplies its change, as the entries hold it."""
 
-    def __init__(self, entries: Mapping[str, Entry]):
+    def __init__(self, entries: Mapping[str, Any]):
         self.entries = entries
 
+    def keep(self) -> None:
+        """Hold the numbers of now, whatever becomes of the entries."""
+        self.entries = {name: SimpleNamespace(scaling=entry.scaling) for name, entry in self.entries.items()}
+
     def __getitem__(self, name: str) -> float:
-        return self.entries[name].scaling
+        return self.entries[name].scaling  # type: ignore[no-any-return]
 
     def __setitem__(self, name: str, value: float) -> None:
         self.entries[name].scaling = value

@@ -9,14 +9,15 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer.compat import names
+from veneer.inits.lora_ga import preprocess_loraga
 from veneer.layer import Adapted
 from veneer.methods.dora import DoraCaching
-from veneer.tuner import Tuner
 
 
 class Net(nn.Module):
@@ -52,7 +53,7 @@ def test_layers_of_all_methods_are_of_one_class(name: str) -> None:
 
 
 PRIVATE = {
-    "tuners.lora.variants": ("BlockDiagonalLinear", "calculate_alora_offsets", "DoraLinearVariant"),
+    "tuners.lora.variants": ("BlockDiagonalLinear", "ALoraLinearVariant", "DoraLinearVariant"),
     "tuners.lora.velora": ("VeloraFunction", "_compress_activations"),
     "tuners.lora.arrow": ("_resolve_adapter_source",),
     "optimizers.riemannian": ("_RiemannianPreconditioner", "_collect_lora_pairs"),
@@ -66,18 +67,6 @@ PRIVATE = {
 @pytest.mark.parametrize("module", PRIVATE)
 def test_the_insides_of_variants_have_no_counterpart(module: str) -> None:
     assert not set(PRIVATE[module]) & set(names.modules().get(module, {}))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "_init_vblora_vector_bank",
-        "_init_tinylora_v",
-    ],
-)
-def test_nor_have_the_insides_of_models(name: str) -> None:
-    assert not hasattr(Tuner, name)
-    assert not hasattr(net(lora()), name)
 
 
 @pytest.mark.parametrize(
@@ -209,3 +198,66 @@ def test_dora_caching_puts_nothing_on_the_layers() -> None:
         assert set(vars(layer)) == before
         torch.testing.assert_close(model(IDS), y)
     assert layer not in DoraCaching.kept
+
+
+def test_ranks_of_adalora_are_no_parameters() -> None:
+    model = net(veneer.AdaLoraConfig(target_modules=["lin"], total_step=10))
+    assert not any("ranknum" in n for n, _ in model.named_parameters())
+
+
+def test_a_long_list_of_targets_stays_as_it_was_given() -> None:
+    names = [str(i) for i in range(24)]
+    model = veneer.get_peft_model(nn.Sequential(*(nn.Linear(2, 2) for _ in names)), lora(target_modules=names))
+    assert set(model.peft_config["default"].target_modules) == set(names)
+
+
+def test_the_status_of_an_injected_model_says_what_it_holds() -> None:
+    model = veneer.inject_adapter_in_model(lora(), Net())
+    status = veneer.get_model_status(model)
+    assert status.base_model_type == "Net"
+    assert status.peft_types == {"default": "LORA"}
+
+
+def test_lora_ga_has_default_settings() -> None:
+    base = nn.Sequential(nn.Linear(6, 6))
+    config = lora(target_modules=["0"], init_lora_weights="lora_ga", r=2)
+    preprocess_loraga(base, config, lambda: base(torch.ones(1, 6)).sum().backward())
+    model = veneer.get_peft_model(base, config)
+    assert float(model.base_model.model[0].lora_A["default"].weight.detach().abs().max()) > 0
+
+
+def test_a_frozen_vblora_of_the_top_k_runs_in_training_mode(tmp_path: Path) -> None:
+    settings = {"target_modules": ["lin"], "num_vectors": 8, "vector_length": 2, "save_only_topk_weights": True}
+    net(veneer.VBLoRAConfig(**settings)).save_pretrained(tmp_path)
+    frozen = veneer.PeftModel.from_pretrained(Net(), tmp_path).train()
+    assert bool(frozen(IDS).isfinite().all())
+    trained = veneer.PeftModel.from_pretrained(Net(), tmp_path, is_trainable=True).train()
+    with pytest.raises(RuntimeError, match="infinity values in VB-LoRA logits"):
+        trained(IDS)
+
+
+def test_lists_and_names_that_cannot_be_are_said_early() -> None:
+    with pytest.raises(ValueError, match="overlapping modules in target_modules_bd"):
+        lora(use_bdlora={"target_modules_bd_a": ["lin"], "target_modules_bd_b": ["lin"], "nblocks": 2})
+    with pytest.raises(
+        veneer.AdapterError, match=r"modules_to_save: \['heads'\] not found in Net; did you mean 'head'"
+    ):
+        net(lora(modules_to_save=["heads"]))
+
+
+def test_two_passes_of_alora_before_a_backward_pass_that_cannot_be_told_apart() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = lora(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[2])
+    model = veneer.get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)), config).train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    losses = [model(input_ids=torch.tensor([ids])).logits.sum() for ids in ([0, 1, 2, 3], [2, 1, 5, 3])]
+    with pytest.raises(ValueError, match="came before one backward pass"):
+        sum(losses).backward()
+
+
+def test_a_state_dict_put_on_the_model_is_not_asked(tmp_path: Path) -> None:
+    model = net(lora())
+    model.state_dict = dict
+    model.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "adapter_model.safetensors")) == 2

@@ -133,6 +133,9 @@ TABLE: dict[str, dict[str, str]] = {
     "tuners.lora.eva": {"inits.eva": "get_eva_state_dict initialize_lora_eva_weights"},
     "tuners.lora.intruders": {"intruders": "reduce_intruder_dimension"},
     "tuners.lora.loraga": {"inits.lora_ga": "preprocess_loraga"},
+    "tuners.lora.variants": {
+        "compat.alora": "calculate_alora_offsets get_alora_offsets_for_forward get_alora_offsets_for_generate",
+    },
     "tuners.cartridge.utils": {
         "prompts.initial_cache": "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values "
         "initialize_kv_prefix_from_text prompt_embeddings_from_past_key_values",
