@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -206,4 +207,4 @@ def test_what_a_disk_refuses(
         return
     assert done.exit_code == 2
     assert says in done.output
-    assert "x.jsonl" in done.output.replace("\n", "")
+    assert "x.jsonl" in re.sub(r"[│\s]", "", done.output)  # a long path is broken at the frame
