@@ -1,6 +1,6 @@
-"""docs/speed.md from benchmarks/results.json.
+"""docs/speed.md from benchmarks/results.json and, where it was kept, what where.py found.
 
-python benchmarks/table.py [--json benchmarks/results.json] [--out docs/speed.md]
+python benchmarks/table.py [--json benchmarks/results.json] [--where benchmarks/where.json] [--out docs/speed.md]
 """
 
 from __future__ import annotations
@@ -51,12 +51,46 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+LIMIT = """## What limits a step
+
+`python benchmarks/where.py --case {case} --json benchmarks/where.json`, on {device}, {threads} threads, commit
+{commit}: the operators' own processor time by what they are, as torch's profiler tells it, each contestant in a process
+of its own, one after another. The same products of the base take more or less time with the machine's mood: compare
+rows within a column.
+
+"""
+PRODUCTS = ("base's products", "head's products", "attention")
+
+
+def limits(found: dict[str, Any]) -> str:
+    """where.py's table, and what it says."""
+    from where import table
+
+    seconds = found["seconds"]
+    floor = sum(seconds["frozen"].get(g, 0.0) for g in PRODUCTS)
+    peft = seconds["peft"]
+    own = {who: sum(s for g, s in of.items() if g not in PRODUCTS) for who, of in seconds.items()}
+    scale = floor + own["peft"]  # peft's step with the frozen base's products, so that all columns share them
+    said = ", ".join(f"{who} {(floor + own[who]) / scale:.2f}" for who in seconds if who not in ("peft", "int8"))
+    share = sum(peft.get(g, 0.0) for g in PRODUCTS) / sum(peft.values())
+    return (
+        LIMIT.format(**found, **found["machine"])
+        + table(seconds)
+        + f"\n\nThe base's and the head's products and attention are {share:.0%} of peft's step, and whoever computes\n"
+        + "in the base's own precision makes them, too. With the same products for all, parts of peft's step:\n"
+        + f"{said}.\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", default=str(ROOT / "benchmarks" / "results.json"))
+    parser.add_argument("--where", type=Path, default=ROOT / "benchmarks" / "where.json")
     parser.add_argument("--out", default=str(ROOT / "docs" / "speed.md"))
     args = parser.parse_args()
     text = page(json.loads(Path(args.json).read_text(encoding="utf-8")))
+    if args.where.is_file():
+        text += "\n" + limits(json.loads(args.where.read_text(encoding="utf-8")))
     Path(args.out).write_text(text, encoding="utf-8")
 
 
