@@ -11,24 +11,12 @@ import peft.optimizers
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from small_net import BOTH, SIZES, Net
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import veneer
 from veneer.optimizers import create_lorafa_optimizer
-
-SIZES = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-BOTH = pytest.mark.parametrize("lib", [veneer, peft], ids=["veneer", "peft"])
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.lin, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.lin(self.table(ids)))
 
 
 def llama(name: str = "org/name") -> Any:

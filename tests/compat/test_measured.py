@@ -10,6 +10,7 @@ import peft.helpers
 import peft.tuners.lora.variants
 import pytest
 import torch
+from small_net import BOTH, SIZES, Net
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,19 +18,6 @@ import veneer
 from veneer import helpers
 from veneer.compat import alora
 from veneer.hotswap import hotswap_adapter
-
-BOTH = pytest.mark.parametrize("lib", [veneer, peft], ids=["veneer", "peft"])
-SIZES = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.table, self.lin, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.lin(self.table(ids)))
 
 
 def llama() -> Any:
