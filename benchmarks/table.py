@@ -53,10 +53,10 @@ def page(results: dict[str, Any]) -> str:
 
 LIMIT = """## What limits a step
 
-`python benchmarks/where.py --case {case} --json benchmarks/where.json`, on {device}, {threads} threads, commit
-{commit}: the operators' own processor time by what they are, as torch's profiler tells it, each contestant in a process
-of its own, one after another. The same products of the base take more or less time with the machine's mood: compare
-rows within a column.
+`python benchmarks/where.py --case {case} --steps {steps} --json benchmarks/where.json`, on {device}, {threads} threads,
+commit {commit}: the operators' own processor time by what they are, as torch's profiler tells it, each contestant in a
+process of its own, one after another. The same products of the base take more or less time with the machine's mood:
+compare rows within a column.
 
 """
 PRODUCTS = ("base's products", "head's products", "attention")

@@ -104,7 +104,7 @@ def main() -> None:
         found[who] = json.loads(done.stdout.splitlines()[-1])
     print(table(found))
     if o.json:
-        write(o.json, {"case": o.case, "seconds": found, "machine": machine(), "commit": commit()})
+        write(o.json, {"case": o.case, "steps": o.steps, "seconds": found, "machine": machine(), "commit": commit()})
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def _as_loaded(key: str, adapter: str) -> str:
 
 
 def _write(w: _Write) -> None:
-    """In place where the sizes are equal."""
+    """In place where the sizes are equal and no other adapter holds the same tensor (BufferDict.twin)."""
     old = getattr(w.holder, w.leaf)
     value = w.value.to(device=old.device, dtype=old.dtype)
     others = w.holder.items() if isinstance(w.holder, BufferDict) else ()
