@@ -25,10 +25,9 @@ _NAMES: dict[str, str] = {
          "AutoPeftModelForTokenClassification"],
         "auto",
     ),
-    **dict.fromkeys(
-        ["get_peft_model_state_dict", "set_peft_model_state_dict", "inject_adapter_in_model", "LoadReport"],
-        "state",
-    ),
+    **dict.fromkeys(["get_peft_model_state_dict", "set_peft_model_state_dict"], "state"),
+    "inject_adapter_in_model": "in_place",
+    "LoadReport": "load_report",
     **dict.fromkeys(
         ["AdapterError", "CannotMerge", "LoadError", "NoMatchingPeftModuleError", "PeftError", "PeftWarning"], "errors"
     ),
@@ -42,7 +41,8 @@ _NAMES: dict[str, str] = {
     **dict.fromkeys(
         ["BdLoraConfig", "KasaConfig", "LoraRuntimeConfig", "MontecloraConfig", "VeloraConfig"], "methods.lora_options"
     ),
-    **dict.fromkeys(["hotswap_adapter", "prepare_model_for_compiled_hotswap"], "hotswap"),
+    "hotswap_adapter": "hotswap",
+    "prepare_model_for_compiled_hotswap": "hotswap_room",
     "find_kappa_target_modules": "kappa",
     **dict.fromkeys(["ArrowConfig", "create_arrow_model"], "methods.arrow"),
     "PeftMixedModel": "mixed",

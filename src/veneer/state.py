@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from difflib import get_close_matches
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import convert, sharded, share
-from .errors import AdapterError, LoadError, NoMatchingPeftModuleError
+from .errors import AdapterError, LoadError
 from .kinds import Spec
+from .load_report import LoadReport
 from .storage import BufferDict
 from .walk import walk
 
@@ -134,46 +134,6 @@ def _declared_shape(tuner: Tuner, adapter: str, key: str, prefix: str) -> tuple[
         if p.key == key and p.spec is not None:
             return p.spec.shape
     return (1,)
-
-
-@dataclass
-class LoadReport:
-    """What loading did. missing and unexpected are file keys; mismatched says both shapes."""
-
-    missing_keys: list[str] = field(default_factory=list)
-    unexpected_keys: list[str] = field(default_factory=list)
-    mismatched_keys: list[str] = field(default_factory=list)
-    loaded: int = 0
-
-    @property
-    def ok(self) -> bool:
-        return not (self.missing_keys or self.unexpected_keys or self.mismatched_keys)
-
-    def text(self) -> str:
-        lines = []
-        for title, keys in (
-            ("missing from the file", self.missing_keys),
-            ("in the file but nowhere in the model", self.unexpected_keys),
-            ("of another shape", self.mismatched_keys),
-        ):
-            if keys:
-                shown = [f"    {k}" for k in keys[:20]] + [f"    ... and {len(keys) - 20} more"] * (len(keys) > 20)
-                lines += [f"  {len(keys)} {title}:", *shown]
-        if self.missing_keys and self.unexpected_keys:
-            near = get_close_matches(self.missing_keys[0], self.unexpected_keys, n=1, cutoff=0.5)
-            if near:
-                lines.append(f"  nearest pair: wanted {self.missing_keys[0]}, file has {near[0]}")
-        return "\n".join(lines)
-
-    def check(self, source: str) -> None:
-        """Raise LoadError unless every tensor found its place."""
-        if not self.ok:
-            raise LoadError(
-                f"{source} does not fit this model ({self.loaded} tensors do):\n{self.text()}\n"
-                "Load it into the model it was trained on, or pass strict=False to keep what fits and leave the rest "
-                "at its initial value.",
-                {"missing": self.missing_keys, "unexpected": self.unexpected_keys, "mismatched": self.mismatched_keys},
-            )
 
 
 def _clean(key: str, adapter: str) -> str:
@@ -370,82 +330,3 @@ def tuner_of(model: nn.Module) -> Tuner:
             f"{type(model).__name__} holds no adapters; call inject_adapter_in_model or get_peft_model first"
         )
     return found[0]
-
-
-def inject_adapter_in_model(
-    peft_config: Any,
-    model: nn.Module,
-    adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,
-    state_dict: dict[str, Tensor] | None = None,
-) -> nn.Module:
-    """Adapt a model's layers in place and return the model itself, not a PeftModel.
-
-    state_dict: adapt exactly the layers that a saved adapter holds. Raises ValueError for prompt methods, which act
-    on the whole model.
-    """
-    from .config import PromptLearningConfig
-    from .tuner import Tuner
-
-    if isinstance(peft_config, PromptLearningConfig):
-        raise ValueError("`create_and_replace` does not support prompt learning and adaption prompt yet.")
-    given, model = model, getattr(model, "_orig_mod", model)  # inside what torch.compile gave
-    if state_dict is not None:
-        peft_config = _only_saved(peft_config, state_dict, model)
-    held = model.__dict__.get("_veneer_tuner")
-    if held is not None:
-        held[0].add_adapter(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage)
-        held[0].set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        model.__dict__["peft_config"] = held[0].peft_config
-    else:
-        tuner = Tuner(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        model.__dict__["_veneer_tuner"] = (tuner,)  # a tuple: not registered as a child, which would be a cycle
-        model.__dict__["peft_config"] = tuner.peft_config
-    return given
-
-
-def _only_saved(config: Any, state_dict: dict[str, Tensor], model: nn.Module) -> Any:
-    """The config with the layers that the tensors are for. Warns where it names others itself."""
-    import copy
-
-    from .registry import method_of
-
-    if getattr(config, "target_parameters", None):
-        raise ValueError(
-            "Trying to inject a PEFT adapter from a state_dict but the PEFT config uses `target_parameters`, whose "
-            "place the tensors' names do not tell; inject it without state_dict and load the tensors afterwards"
-        )
-    prefix = method_of(config).prefix
-    named = {k.partition(f".{prefix}")[0].removeprefix("base_model.model.") for k in state_dict if f".{prefix}" in k}
-    if not named:
-        raise AdapterError(f"state_dict holds no key of a {config.peft_type} adapter ('.{prefix}...')")
-    _compare(config, named, model)
-    out = copy.copy(config)
-    out.target_modules = named
-    return out
-
-
-def _compare(config: Any, named: set[str], model: nn.Module) -> None:
-    import warnings
-
-    from .inject import candidates
-    from .registry import method_of
-    from .targets import match_targets
-
-    if not config.target_modules:
-        return
-    try:
-        kind = method_of(config).defaults
-        wanted = {m.name for m in match_targets(model, config, names=candidates(model), kind=kind)}
-    except NoMatchingPeftModuleError:
-        wanted = set()
-    for whose, more in (("PEFT config", wanted - named), ("state_dict", named - wanted)):
-        if more:
-            warnings.warn(
-                "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
-                "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. The "
-                f"{whose} contained these additional target modules: {sorted(more)}. Adapters were made "
-                "where the state_dict has tensors.",
-                RuntimeWarning,
-                stacklevel=3,
-            )

@@ -20,7 +20,7 @@ __all__ = ["Entry", "Scalings", "View", "attribute", "own_fields"]
 
 
 class View:
-    """One adapter's tensors on one layer, handed to the method (`p` in kinds.py).
+    """One adapter's tensors on one layer, handed to the method (`p` in method.py).
 
     It reads through to the containers at each access, so `.to()`, FSDP, functional_call and deepcopy need no care.
     """

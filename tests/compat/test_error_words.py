@@ -14,7 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM, ResNetConfig, ResNetModel
 
 import veneer
-from veneer import helpers, hotswap
+from veneer import helpers, hotswap, hotswap_room
 from veneer.optimizers import create_riemannian_optimizer
 from veneer.storage import BufferDict
 
@@ -189,7 +189,7 @@ def test_a_grouped_convolution_pads_each_groups_rank() -> None:
     model = veneer.get_peft_model(Net(), lora(target_modules=["conv"], r=2, init_lora_weights=False)).eval()
     x = torch.randn(1, 4, 5, 5)
     before = model(x)
-    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=6)
+    hotswap_room.prepare_model_for_compiled_hotswap(model, target_rank=6)
     assert model.base_model.model.conv.lora_A["default"].weight.shape[0] == 6
     assert torch.allclose(model(x), before, atol=1e-6)
     other = veneer.get_peft_model(Net(), lora(target_modules=["conv"], r=4, init_lora_weights=False)).eval()
@@ -198,7 +198,7 @@ def test_a_grouped_convolution_pads_each_groups_rank() -> None:
     hotswap.hotswap_adapter_from_state_dict(model, tensors, "default", other.peft_config["default"])
     assert torch.allclose(model(x), other(x), atol=1e-6)
     with pytest.raises(ValueError, match="groups=2 to target rank 7, but the target rank is not divisible by 2"):
-        hotswap.prepare_model_for_compiled_hotswap(model, target_rank=7)
+        hotswap_room.prepare_model_for_compiled_hotswap(model, target_rank=7)
 
 
 def test_shared_tensors_are_found_on_every_layer() -> None:

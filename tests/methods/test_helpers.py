@@ -15,7 +15,8 @@ from torch import nn
 import veneer
 from veneer import helpers
 from veneer.errors import PeftWarning
-from veneer.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from veneer.hotswap import hotswap_adapter
+from veneer.hotswap_room import prepare_model_for_compiled_hotswap
 
 
 def lora(folder: Path | None = None, seed: int = 1, package: Any = veneer, **changes: Any) -> Any:

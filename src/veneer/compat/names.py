@@ -61,7 +61,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "functional": {
         "functional": "cast_adapter_dtype delete_adapter set_adapter set_requires_grad",
-        "state": f"inject_adapter_in_model {_STATE}",
+        "in_place": "inject_adapter_in_model",
+        "state": _STATE,
     },
     "helpers": {
         "helpers": "DoraCaching KappaTuneSelector MontecloraTrainerMixin check_if_peft_model "
@@ -78,7 +79,7 @@ TABLE: dict[str, dict[str, str]] = {
     "mapping": {
         "api": "PEFT_TYPE_TO_CONFIG_MAPPING get_peft_config",
         "compat.constants": _MAPPINGS,
-        "state": "inject_adapter_in_model",
+        "in_place": "inject_adapter_in_model",
     },
     "mapping_func": {
         "model": "get_peft_model MODEL_TYPE_TO_PEFT_MODEL_MAPPING=TASKS",
@@ -161,8 +162,8 @@ TABLE: dict[str, dict[str, str]] = {
     "utils.constants": {"compat.constants": _CONSTANTS, "files": _FILES, "config": "CONFIG_NAME"},
     "utils.error": {"errors": _ERRORS},
     "utils.hotswap": {
-        "hotswap": "hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap "
-        "check_hotswap_configs_compatible=compatible",
+        "hotswap": "hotswap_adapter hotswap_adapter_from_state_dict check_hotswap_configs_compatible=compatible",
+        "hotswap_room": "prepare_model_for_compiled_hotswap",
     },
     "utils.incremental_pca": {"compat.pca": "IncrementalPCA"},
     "utils.integrations": {
